@@ -1,0 +1,1 @@
+"""Region ops and the code generators for them."""

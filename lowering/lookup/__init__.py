@@ -1,0 +1,1 @@
+"""The `recompile::lookup` region op: a group of table lookups."""

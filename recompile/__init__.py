@@ -1,0 +1,1 @@
+"""A torch.compile backend and graph optimizer for recommendation models."""

@@ -1,0 +1,1 @@
+"""Questions about an FX graph: shapes, users, order."""
