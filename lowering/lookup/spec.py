@@ -1,0 +1,111 @@
+"""What a group of table lookups computes, as text: the spec of `torch.ops.recompile.lookup`.
+
+A *bag* is one table lookup of one feature: for each sample it reads one or more ids, turns each into a row of its
+table, and pools the rows:
+
+    bag[b] = pool over l, keep(b, l) of  weight(b, l) * table[row(b, l)]     ( / divisor(b) for a mean )
+
+`row`, `keep`, `weight`, `count` and `divisor` are scalar expressions (`recompile.lowering.scalar`) over
+
+    x0, x1, ...   the bag's loads: element (b, l) of a source; x0 is always the ids
+    l, L          the position in the bag, and the number of positions
+    nonzero       1 if the row just read has a non-zero sum, else 0          (only in `count`)
+    count         the sum over kept positions of `count` (1 each by default) (only in `divisor`)
+
+A source is `[B]`, or `[B, L]` with either size 1 allowed (broadcast), or, when the bag has `offsets`, one value an id.
+An *output* is what consumers wanted: bags side by side, or their sum, or the sum of their squares.
+"""
+
+import ast
+import functools
+from dataclasses import MISSING, dataclass, fields
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding table: `name` for people, `dim` its width."""
+
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Bag:
+    """One lookup (see the module's docstring). Numbers other than `dim`s are positions in the op's lists."""
+
+    table: int
+    loads: tuple[int, ...]
+    pooling: str = "none"  # "none": the L rows side by side; "sum" (also means, by `divisor`); "max"
+    row: str = "x0"
+    keep: str = "true"
+    weight: str = ""
+    count: str = ""
+    divisor: str = ""
+    offsets: int = -1  # source of the bags' first positions; -1: ids are [B] or [B, L]
+    include_last_offset: bool = False
+    frozen_row: int = -1  # `padding_idx` of nn.Embedding: read, but its row gets no gradient
+
+
+@dataclass(frozen=True)
+class Output:
+    """`parts`: a bag's position, or `~s` for source `s` (`[B, ...]`), copied as it is.
+
+    kind "concat": `[B, sum of widths]`; "sum", "sum_of_squares": `[B, width]`, where a part wider than `width`
+    counts as several rows of it.
+    """
+
+    kind: str
+    parts: tuple[int, ...]
+    width: int = 0  # for the sums
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A group of lookups over the same batch, in canonical text form: `str(spec)`, `Lookup.parse(text)`."""
+
+    tables: tuple[Table, ...]
+    bags: tuple[Bag, ...]
+    outputs: tuple[Output, ...]
+
+    def __str__(self) -> str:
+        return _text(self)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def parse(text: str) -> "Lookup":
+        """The spec that `str` printed as `text`.
+
+        Raises:
+            ValueError: the text is not a spec.
+        """
+        value = _value(ast.parse(text, mode="eval").body)
+        if not isinstance(value, Lookup):
+            raise ValueError(f"expected a Lookup(...), got {text[:80]!r}")
+        return value
+
+
+_TYPES = {cls.__name__: cls for cls in (Table, Bag, Output, Lookup)}
+
+
+def _text(value: object) -> str:
+    if type(value).__name__ in _TYPES:
+        shown = [
+            f"{f.name}={_text(getattr(value, f.name))}"
+            for f in fields(value)  # type: ignore[arg-type]
+            if f.default is MISSING or getattr(value, f.name) != f.default
+        ]
+        return f"{type(value).__name__}({', '.join(shown)})"
+    if isinstance(value, tuple):
+        return "(" + "".join(f"{_text(v)}, " for v in value).rstrip() + ")"
+    return repr(value)
+
+
+def _value(node: ast.expr) -> object:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _TYPES:
+        return _TYPES[node.func.id](**{k.arg: _value(k.value) for k in node.keywords if k.arg})
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(e) for e in node.elts)
+    return ast.literal_eval(node)

@@ -1,0 +1,100 @@
+"""What a user can set with `torch.compile(..., options={...})`: typed, validated, documented in one place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from .errors import OptionError, unknown
+
+
+def _option(default: Any, doc: str, allowed: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"doc": doc, "allowed": allowed})
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one compilation. `repr` is the canonical text: equal options have equal text."""
+
+    strict: bool = _option(False, "A fallback to plain Inductor or a failing pass is an error.")
+    passes: str = _option(
+        "default",
+        "Which passes run, such as `default,fuse-lookups{min-tables=8},-pool-sequences,my-pass`. "
+        "The environment variable `RECOMPILE_PASSES` sets the default.",
+    )
+    verify: str = _option(
+        "shapes", "What is checked after every pass that changed the graph.", ("none", "shapes", "numerics")
+    )
+    numerics: str = _option(
+        "reassociate",
+        "How far a rewrite may go: bitwise equal, another order of summation, or approximations.",
+        ("exact", "reassociate", "fast"),
+    )
+    kernels: str = _option(
+        "auto",
+        "`reference` compiles region operators as plain PyTorch, without our generated code.",
+        ("auto", "reference"),
+    )
+    inductor: tuple[tuple[str, object], ...] = _option(
+        (), "A dictionary of `torch._inductor.config` settings for this model; wins over `mode`."
+    )
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, object] | None) -> Options:
+        """Options from what the user wrote.
+
+        Raises:
+            OptionError: an unknown key, a value of the wrong type, or one that is not allowed.
+        """
+        known = {f.name: f for f in fields(cls)}
+        values: dict[str, Any] = {}
+        if "RECOMPILE_PASSES" in os.environ:
+            values["passes"] = os.environ["RECOMPILE_PASSES"]
+        for key, value in (given or {}).items():
+            if key not in known:
+                raise unknown("option", key, known)
+            values[key] = _inductor(value) if key == "inductor" else _checked(known[key], value)
+        return cls(**values)
+
+
+def _checked(option: Field[Any], value: object) -> object:
+    """`value` if it has the type of the option's default and is allowed."""
+    kind, allowed = type(option.default), option.metadata["allowed"]
+    if not isinstance(value, kind):
+        raise OptionError(
+            f"option {option.name!r} has the wrong type",
+            expected=kind.__name__,
+            got=f"{value!r} ({type(value).__name__})",
+        )
+    if allowed and value not in allowed:
+        raise unknown(f"value of option {option.name!r}:", value, allowed)
+    return value
+
+
+def _inductor(value: object) -> tuple[tuple[str, object], ...]:
+    """Inductor settings as sorted pairs, so that equal settings have equal text."""
+    if not isinstance(value, Mapping):
+        raise OptionError(
+            "option 'inductor' has the wrong type", expected="a dictionary of settings", got=repr(value)
+        )
+    from torch._inductor import list_options
+
+    allowed = set(list_options())
+    names = {str(key).replace("-", "_"): setting for key, setting in value.items()}
+    for name in names:
+        if name not in allowed:
+            raise unknown("Inductor setting", name, allowed)
+    return tuple(sorted(names.items()))
+
+
+def options_table() -> str:
+    """The options as a Markdown table: name, type, default, meaning. `docs/options.md` holds it."""
+    rows = ["| option | type | default | meaning |", "|---|---|---|---|"]
+    for option in fields(Options):
+        allowed = option.metadata["allowed"]
+        kind = " or ".join(f"`{name}`" for name in allowed) or f"{type(option.default).__name__}"
+        shown = ("dict", "{}") if option.name == "inductor" else (kind, repr(option.default))
+        rows.append(f"| `{option.name}` | {shown[0]} | `{shown[1]}` | {option.metadata['doc']} |")
+    return "\n".join(rows)

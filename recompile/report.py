@@ -1,0 +1,155 @@
+"""What happened to every graph: one record, of which terminal text, JSON and tests are views."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+VERSION = 1  # of the record; raised when a field changes its meaning or goes away
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something did not happen: a sentence, the node, and the user's line (`user_line`, "" if unknown)."""
+
+    why: str
+    node: str = ""
+    line: str = ""
+
+
+@dataclass
+class RuleRecord:
+    """One rule in one pass: how many candidates it looked at, how many it rewrote, and why not the others."""
+
+    name: str
+    tried: int = 0
+    fired: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+
+
+@dataclass
+class PassRecord:
+    """One pass over one graph. `error` says why it was undone, "" if it was not. `ms` includes its checks."""
+
+    name: str
+    numerics: str
+    nodes_before: int = 0
+    nodes_after: int = 0
+    ms: float = 0.0
+    rules: list[RuleRecord] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass
+class RegionRecord:
+    """A region operator in the final graph, and the user's lines that it computes."""
+
+    name: str
+    op: str
+    tables: int = 0
+    summary: str = ""
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass
+class GraphRecord:
+    """One graph from Dynamo. `fallback` says why plain Inductor compiled it, None if it did not."""
+
+    index: int = 0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    capture_ms: float = 0.0
+    passes: list[PassRecord] = field(default_factory=list)
+    regions: list[RegionRecord] = field(default_factory=list)
+    fallback: Refusal | None = None
+
+
+@dataclass
+class Report:
+    """All graphs of a compilation, or of a process."""
+
+    version: int = VERSION
+    graphs: list[GraphRecord] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The whole record as JSON; `version` tells which fields to expect."""
+        return json.dumps(asdict(self), indent=2)
+
+    def text(self, width: int = 110) -> str:
+        """The report as plain text, `width` characters wide."""
+        from .report_text import plain
+
+        return plain(self, width)
+
+    def __rich__(self) -> RenderableType:
+        from .report_text import render
+
+        return render(self)
+
+
+_lock = threading.Lock()
+_graphs: list[GraphRecord] = []
+_collector: ContextVar[list[GraphRecord] | None] = ContextVar("recompile_collector", default=None)
+
+
+def new_graph() -> GraphRecord:
+    """A fresh record, already part of `last_report()` and of the collectors of this thread."""
+    collected = _collector.get()
+    with _lock:
+        record = GraphRecord(index=len(_graphs))
+        _graphs.append(record)
+    if collected is not None:
+        collected.append(record)
+    return record
+
+
+def last_report() -> Report:
+    """The graphs compiled in this process, oldest first, since it started or since `reset()`."""
+    with _lock:
+        return Report(graphs=list(_graphs))
+
+
+def reset() -> None:
+    """Forget the graphs compiled so far."""
+    with _lock:
+        _graphs.clear()
+
+
+@contextmanager
+def collect() -> Iterator[Report]:
+    """A report of just the graphs that this thread compiles inside the `with` block."""
+    report = Report()
+    token = _collector.set(report.graphs)
+    try:
+        yield report
+    finally:
+        _collector.reset(token)
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)\n\s*(.*)')
+_TORCH = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
+_OURS = os.path.dirname(os.path.realpath(__file__)) + os.sep
+
+
+def user_line(node: fx.Node) -> str:
+    """The line of the user's model that made `node`, such as `model.py:41 in forward: x = self.e(x)`.
+
+    It is the innermost frame of the node's stack trace that is neither torch's nor ours, or "".
+    """
+    for path, number, function, code in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
+        if not os.path.realpath(path).startswith((_TORCH, _OURS)):
+            return f"{os.path.basename(path)}:{number} in {function}: {code.strip()}"
+    return ""

@@ -1,0 +1,92 @@
+"""The report for people: `render` gives something that rich can print, `plain` gives text."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from .report import GraphRecord, PassRecord, Refusal, Report, RuleRecord
+
+
+def plain(report: Report, width: int) -> str:
+    """The report without colours, `width` characters wide, without trailing spaces."""
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None, highlight=False).print(render(report))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def render(report: Report) -> RenderableType:
+    """Graph by graph: what each pass did, the regions, and what was not done and why."""
+    if not report.graphs:
+        return Text("No graph was compiled with recompile yet.")
+    return Group(*(part for graph in report.graphs for part in _graph(graph)))
+
+
+def _graph(graph: GraphRecord) -> Iterator[RenderableType]:
+    if graph.fallback:
+        yield Text(
+            f"graph {graph.index}: {graph.nodes_before} nodes, compiled by plain Inductor", style="bold"
+        )
+        yield Text(f"  because {_sentence(graph.fallback)}\n", style="yellow")
+        return
+    counts = f"{graph.nodes_before} nodes -> {graph.nodes_after}"
+    yield Text(f"graph {graph.index}: {counts}, captured in {graph.capture_ms:.1f} ms", style="bold")
+    if graph.passes:
+        yield _passes(graph.passes)
+    for region in graph.regions:
+        yield Text(f"  {region.name}: {region.summary}", style="green")
+        yield from (Text(f"      {line}") for line in _folded(region.lines))
+    yield from (Text(f"  {line}") for record in graph.passes for line in _not_done(record))
+    yield Text("")
+
+
+def _passes(records: list[PassRecord]) -> Table:
+    table = Table("pass", "numerics", "nodes", "ms", "what happened", box=None, padding=(0, 2))
+    for record in records:
+        nodes = f"{record.nodes_before} -> {record.nodes_after}"
+        what = "\n".join(_what(record))
+        table.add_row(record.name, record.numerics, nodes, f"{record.ms:.1f}", escape(what))
+    return table
+
+
+def _what(record: PassRecord) -> Iterator[str]:
+    if record.error:
+        yield "undone, it failed: " + record.error.splitlines()[0]
+    for rule in record.rules:
+        name = "" if rule.name == record.name else f"{rule.name} "
+        yield f"{name}fired {_times(rule)}, refused {len(rule.refused)} of {rule.tried} tried"
+    if not record.error and not record.rules:
+        yield "nothing to do" if record.nodes_before == record.nodes_after else "changed the graph"
+
+
+def _times(rule: RuleRecord) -> str:
+    return f"{rule.fired} time" if rule.fired == 1 else f"{rule.fired} times"
+
+
+def _not_done(record: PassRecord) -> Iterator[str]:
+    """One line for each refusal sentence; the same sentence at other nodes is folded into a count."""
+    for rule in record.rules:
+        first: dict[str, Refusal] = {}
+        counts = Counter(refusal.why for refusal in rule.refused)
+        for refusal in rule.refused:
+            first.setdefault(refusal.why, refusal)
+        for why, refusal in first.items():
+            more = f" (and {counts[why] - 1} more like it)" if counts[why] > 1 else ""
+            yield f"{rule.name} did not fire: {_sentence(refusal)}{more}"
+
+
+def _sentence(refusal: Refusal) -> str:
+    node = f" [{refusal.node}]" if refusal.node else ""
+    line = f" at {refusal.line}" if refusal.line else ""
+    return refusal.why + node + line
+
+
+def _folded(lines: list[str]) -> Iterator[str]:
+    for line, count in Counter(lines).items():
+        yield f"{line}  x{count}" if count > 1 else line
