@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +16,8 @@ from recompile.errors import CaptureError
 from recompile.report import user_line
 from recompile.torch_private.symbols import SYM
 
-ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
-EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
+ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
 SELECTS = {operator.getitem, getattr}  # may give back a part of an argument without calling an operator
 
 _SWITCHES = {ENTER_AUTOCAST, EXIT_AUTOCAST, torch._C._set_grad_enabled}

@@ -1,4 +1,4 @@
-"""Capture keeps the meaning: outputs, gradients, buffers and changed inputs equal eager's at several sizes."""
+"""Capture keeps the meaning: outputs, gradients, buffers and changed inputs equal eager's."""
 
 from __future__ import annotations
 
