@@ -1,0 +1,111 @@
+"""Our door into Inductor's IR (private API; tried with torch 2.13.0): a node that is a C++ kernel of our own.
+
+The kernel is defined in the generated program beside Inductor's own kernels and called with raw pointers, so no
+Python and no dispatcher stand between. Outputs are empty buffers that the node is declared to mutate.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.codegen.common import KernelArgs
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP, cexpr_index
+from torch._inductor.lowering import empty_strided
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V
+
+from recompile.lowering.lookup.cpp import Operand
+
+Render = Callable[[Sequence[Operand], Sequence[Operand], int], tuple[str, str]]
+
+_HEADER = """#include <torch/csrc/inductor/cpp_prefix.h>
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+"""
+
+
+def realize(x: Any) -> Any:
+    """`x` as a buffer, or a view of one, with a settled layout."""
+    node = ir.ExternKernel.realize_input(x)
+    if not isinstance(node.get_layout(), ir.NonOwningLayout | ir.FixedLayout):
+        node.freeze_layout()
+    return node
+
+
+def empty(size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """A contiguous buffer for a kernel to fill."""
+    return empty_strided(list(size), None, dtype=dtype, device=device)
+
+
+class CppRegion(ir.ExternKernel):
+    """Calls a C++ kernel that `render` writes: `(inputs, outputs, threads) -> (functions, body)`."""
+
+    def __init__(self, title: str, inputs: Sequence[Any], outputs: Sequence[Any], render: Render) -> None:
+        buffers = [realize(x) for x in inputs]
+        targets = [realize(x) for x in outputs]
+        nodes = self.unwrap_storage([*buffers, *targets])
+        device = outputs[0].get_device()
+        super().__init__(None, ir.NoneLayout(device=device), nodes)
+        self.title, self.render, self.n_inputs, self.device = title, render, len(inputs), device
+        self.mutation_outputs = [
+            ir.MutationOutput(ir.NoneLayout(device=device), node, self) for node in nodes[len(inputs) :]
+        ]
+        for node in nodes[len(inputs) :]:
+            V.graph.mark_buffer_mutated(node.get_name())
+        self.name = V.graph.register_buffer(self)
+        V.graph.register_operation(self)
+
+    def should_allocate(self) -> bool:
+        return False
+
+    def has_side_effects(self) -> bool:
+        return False
+
+    def get_outputs(self) -> list[Any]:
+        return list(self.mutation_outputs)
+
+    def get_unbacked_symbol_defs(self) -> Any:
+        return type(super().get_unbacked_symbol_defs())()
+
+    def codegen(self, wrapper: Any) -> None:
+        """Writes the kernel's definition and its call into the program."""
+        args = KernelArgs()
+        operands = [
+            _operand(x, args, output=k >= self.n_inputs) for k, x in enumerate(self.inputs)
+        ]
+        functions, body = self.render(
+            operands[: self.n_inputs], operands[self.n_inputs :], parallel_num_threads()
+        )
+        definitions, call_args, types = args.cpp_argdefs()
+        name = f"cpp_{self.title}_{wrapper.next_kernel_suffix()}"
+        signature = f'extern "C" void {name if V.graph.cpp_wrapper else "kernel"}({", ".join(definitions)})'
+        source = f"{_HEADER}\nnamespace {{\n{functions}\n}}  // namespace\n\n{signature} {{{body}\n}}\n"
+        if not V.graph.cpp_wrapper:
+            source = f"async_compile.cpp_pybinding({types!r}, r'''\n{source}''')"
+        wrapper.define_kernel(name, source, gpu=False, cpp_definition=f"{signature};\n")
+        wrapper.generate_kernel_call(name, call_args, device=self.device, triton=False, arg_types=types)
+
+
+def _operand(node: Any, args: KernelArgs, output: bool) -> Operand:
+    layout = node.get_layout()
+    name = (args.output if output else args.input)(node.get_name())
+    offset = _expression(layout.offset, args)
+    return Operand(
+        pointer=name if offset == "0" else f"({name} + {offset})",
+        ctype=DTYPE_TO_CPP[layout.dtype],
+        sizes=tuple(_expression(s, args) for s in layout.size),
+        strides=tuple(_expression(s, args) for s in layout.stride),
+    )
+
+
+def _expression(value: Any, args: KernelArgs) -> str:
+    expr = V.graph.sizevars.simplify(sympy.sympify(value))
+    names = {s: sympy.Symbol(args.size(s), integer=True) for s in expr.free_symbols}
+    return str(cexpr_index(expr.subs(names)))
