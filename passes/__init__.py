@@ -1,1 +1,5 @@
-"""The rewrites, one per file."""
+"""The rewrites, one per file. Importing this package registers them."""
+
+from . import fuse_lookups
+
+__all__ = ["fuse_lookups"]

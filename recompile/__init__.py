@@ -1,1 +1,12 @@
-"""A torch.compile backend and graph optimizer for recommendation models."""
+"""A torch.compile backend and graph optimizer for recommendation models.
+
+`torch.compile(model, backend="recompile")` needs no import of this package; what stands here is for looking at what
+happened and for writing passes.
+"""
+
+from .errors import RecompileError
+from .options import Options
+from .report import Report, last_report
+from .rewrite import Context, Pass, Refuse, register
+
+__all__ = ["Context", "Options", "Pass", "RecompileError", "Refuse", "Report", "last_report", "register"]

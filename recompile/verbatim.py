@@ -18,7 +18,9 @@ from recompile.torch_private.symbols import SYM
 
 ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
-SELECTS = {operator.getitem, getattr}  # may give back a part of an argument without calling an operator
+# May give back an argument, or a part of one, without calling an operator.
+SELECTS = {operator.getitem, getattr, "contiguous"}
+NO_EFFECT = {torch._C._log_api_usage_once}  # left out: modules made in forward() call it
 
 _SWITCHES = {ENTER_AUTOCAST, EXIT_AUTOCAST, torch._C._set_grad_enabled}
 _NO_USER_CODE = {

@@ -10,7 +10,16 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 # Copied verbatim from Dynamo's graph, but pure: they read their arguments and make a new value.
-_PURE = {operator.getitem, torch.tensor, torch.as_tensor}
+_PURE = {
+    operator.getitem,
+    torch.tensor,
+    torch.as_tensor,
+    torch.BoolTensor,
+    torch.DoubleTensor,
+    torch.FloatTensor,
+    torch.IntTensor,
+    torch.LongTensor,
+}
 _SYMBOLIC = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 

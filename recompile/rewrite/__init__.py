@@ -1,1 +1,5 @@
-"""The pattern language, the matcher and its refusals: what pass authors write with."""
+"""What pass authors write with."""
+
+from .rule import Context, Pass, Refuse, register, registered
+
+__all__ = ["Context", "Pass", "Refuse", "register", "registered"]

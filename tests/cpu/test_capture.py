@@ -318,6 +318,21 @@ def test_in_place_writes() -> None:
     assert any("writes into a part" in why for why in backend.opaque())
 
 
+def test_shape_changed_in_place() -> None:
+    """It becomes a view of another name; earlier nodes keep their shape."""
+
+    def f(v: Tensor) -> Tensor:
+        y = v * 2
+        z = y.add_(1)
+        y.unsqueeze_(1).transpose_(0, 1)
+        return y.sum(0) + z.mul_(2).squeeze(0)
+
+    backend = check(f, x(4, grad=True), batches=(7,))
+    shapes = {n.target: tuple(n.meta["val"].shape) for n in backend.nodes() if n.op == "call_function"}
+    assert shapes[aten.add_.Tensor] == (7, 4)
+    assert shapes[aten.unsqueeze.default] == (7, 1, 4) and shapes[aten.transpose.int] == (1, 7, 4)
+
+
 def test_input_mutation() -> None:
     def f(v: Tensor) -> Tensor:
         v.add_(1)
@@ -432,6 +447,18 @@ def test_graph_without_operators() -> None:
 def test_cast_that_does_nothing_disappears() -> None:
     backend = check(lambda v: v.double().contiguous() + 1, x(4))
     assert {aten.to.dtype, aten.contiguous.default}.isdisjoint(backend.targets())
+    assert backend.opaque() == []
+
+
+@pytest.mark.parametrize("f", [lambda v: torch.zeros_like(v) + v, lambda v: v + torch.arange(4)])
+def test_factories(f: Callable[[Tensor], Tensor]) -> None:
+    assert check(f, x(4)).opaque() == []
+
+
+def test_modules_made_in_forward() -> None:
+    backend = check(lambda v: nn.Softmax(-1)(v) * torch.FloatTensor([1e-8]), x(4))
+    assert torch._C._log_api_usage_once not in backend.targets()
+    assert not any(is_wall(n) for n in backend.nodes())
 
 
 def test_graph_breaks() -> None:
@@ -456,13 +483,13 @@ def test_refuses_vmap() -> None:
     _refuses(f, "the state of a vmap, grad or jvp")
 
 
-def test_refuses_shape_changed_in_place() -> None:
+def test_refuses_a_verbatim_result_of_changed_shape() -> None:
     def f(v: Tensor) -> Tensor:
-        y = v.clone()
+        y = v[:, [0, 1]]
         y.t_()
         return y + 1
 
-    _refuses(f, r"aten.t_.default changes the shape of a tensor in place")
+    _refuses(f, r"aten.t_.default changes the shape of the result of a verbatim node")
 
 
 def _refuses(f: Callable[[Tensor], Tensor], sentence: str) -> None:

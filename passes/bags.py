@@ -1,0 +1,190 @@
+"""Reading one table lookup off the graph: which table, which ids, pooled how."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from torch import fx
+
+from recompile.lowering import scalar
+from recompile.lowering.lookup import Bag, Lookup
+from recompile.rewrite import Refuse
+
+aten = torch.ops.aten
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_TABLES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A lookup in the graph. `bag` counts its sources from 0, and its only table is 0."""
+
+    value: fx.Node  # [B, ...]: what users see
+    table: fx.Node  # [rows, dim]
+    bag: Bag
+    sources: tuple[fx.Node, ...]
+
+    @property
+    def batch(self) -> object:
+        return self.value.meta["val"].shape[0]
+
+
+def find(node: fx.Node) -> Found | None:
+    """The lookup that `node` is the value of, or None if it is none.
+
+    Raises:
+        Refuse: a lookup that no kernel of ours computes.
+    """
+    if node.target is aten.embedding.default:
+        return _embedding(node)
+    if node.target in (aten.embedding_bag.default, aten.embedding_bag.padding_idx):
+        return _embedding_bag(node)
+    if node.target is torch.ops.recompile.lookup.default:
+        return _pooled(node)
+    return None
+
+
+def table_name(node: fx.Node) -> str:
+    """A table's name for people: `emb.C0.weight` for Dynamo's `l_self_modules_emb_modules_c0_parameters_weight_`."""
+    name = re.sub(r"^[lL]_self_(modules_)?", "", node.name)
+    return re.sub(r"_(modules|parameters|buffers)_", ".", name).strip("_").replace("__", ".")
+
+
+def ids_of(node: fx.Node) -> tuple[fx.Node, sympy.Basic]:
+    """What `node` computes from each element of another node: that node, and the row as an expression of `x0`.
+
+    Casts to integers, sums with constants, `% n` and clamps are followed; anything else is taken as it is.
+    """
+    steps = []
+    while (step := _id_step(node)) is not None:
+        node, apply = step
+        steps.append(apply)
+    expr: sympy.Basic = scalar.symbol("x0")
+    if not _dtype(node).is_floating_point and not steps:
+        return node, expr
+    for apply in reversed(steps):
+        expr = apply(expr)
+    return node, expr
+
+
+def _id_step(node: fx.Node):  # type: ignore[no-untyped-def]
+    """(input, the function of one element that `node` is), or None."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    if not isinstance(source.meta.get("val"), torch.Tensor) or source.meta["val"].shape != node.meta["val"].shape:
+        return None
+    if node.target in (aten.to.dtype, aten._to_copy.default, aten._cast_Long.default):
+        if _dtype(node) is not torch.int64 or _dtype(source) is torch.bool:
+            return None
+        return source, (scalar.trunc if _dtype(source).is_floating_point else lambda x: x)
+    if _dtype(source) is not torch.int64 or len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1:
+        return None
+    number = node.args[1]
+    if node.target in (aten.add.Tensor, aten.add.Scalar) and type(number) is int and len(node.args) == 2:
+        return source, lambda x: x + number
+    if node.target in (aten.sub.Tensor, aten.sub.Scalar) and type(number) is int and len(node.args) == 2:
+        return source, lambda x: x - number
+    if node.target is aten.remainder.Scalar and type(number) is int and number > 0:
+        return source, lambda x: sympy.Mod(x, number)
+    return None
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+def _arguments(node: fx.Node) -> dict[str, object]:
+    """Arguments by schema name, with defaults."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema if a.has_default_value()}
+    given |= {a.name: v for a, v in zip(schema, node.args, strict=False)}
+    return given | dict(node.kwargs)
+
+
+def _check_table(given: dict[str, object], node: fx.Node) -> fx.Node:
+    table = given["weight"]
+    assert isinstance(table, fx.Node)
+    val = table.meta["val"]
+    if val.device.type != "cpu":
+        raise Refuse(f"no lookup kernel for device {val.device.type} yet", node)
+    if _dtype(table) not in _TABLES:
+        raise Refuse(f"tables of {_dtype(table)} have no lookup kernel", node)
+    if not isinstance(val.shape[1], int) or val.stride(1) != 1:
+        raise Refuse("the table's rows are not dense vectors of a fixed width", node)
+    if given.get("scale_grad_by_freq"):
+        raise Refuse("scale_grad_by_freq changes the gradient in a way no kernel of ours computes", node)
+    if given.get("sparse") and val.requires_grad and torch.is_grad_enabled():
+        raise Refuse("sparse=True asks for sparse gradients, which eager must make", node)
+    return table
+
+
+def _embedding(node: fx.Node) -> Found:
+    given = _arguments(node)
+    table = _check_table(given, node)
+    ids = given["indices"]
+    assert isinstance(ids, fx.Node)
+    source, row = ids_of(ids)
+    shape = source.meta["val"].shape
+    if len(shape) not in (1, 2):
+        raise Refuse(f"ids with {len(shape)} dimensions are not one or several ids a sample", node)
+    if len(shape) == 2 and shape[1] != 1:
+        raise Refuse("an unpooled sequence is as fast under Inductor", node)
+    if _dtype(source) not in _INTEGERS and not _dtype(source).is_floating_point:
+        raise Refuse(f"ids of {_dtype(source)}", node)
+    padding = given["padding_idx"]
+    assert isinstance(padding, int)
+    return Found(node, table, Bag(0, (0,), row=str(row), frozen_row=padding), (source,))
+
+
+def _embedding_bag(node: fx.Node) -> Found:
+    given = _arguments(node)
+    table = _check_table(given, node)
+    values = [u for u in node.users if u.args[1:] == (0,)]
+    if len(values) != 1 or len(node.users) != 1:
+        raise Refuse("more than the pooled value of this embedding_bag is used", node)
+    ids, offsets, weights = given["indices"], given["offsets"], given["per_sample_weights"]
+    assert isinstance(ids, fx.Node) and isinstance(offsets, fx.Node)
+    pooling = ("sum", "sum", "max")[int(given["mode"])]  # type: ignore[call-overload]
+    divisor = "Max(1, count)" if given["mode"] == 1 else ""
+    padding = given["padding_idx"]
+    sources, regular = _regular(ids, offsets)
+    if not regular:
+        sources = (ids, offsets)
+    bag = Bag(0, (0,), pooling, divisor=divisor, offsets=-1 if regular else 1)
+    bag = replace(bag, include_last_offset=bool(given["include_last_offset"]) and not regular)
+    if padding is not None and padding != -1:
+        rows = table.meta["val"].shape[0]
+        if not isinstance(rows, int):
+            raise Refuse("padding_idx in a table with a changing number of rows", node)
+        bag = replace(bag, keep=f"Ne(x0, {padding % rows})")  # type: ignore[operator]
+    if isinstance(weights, fx.Node):
+        if regular:
+            sources, bag = (ids, offsets), replace(bag, offsets=1, include_last_offset=bool(given["include_last_offset"]))
+        sources += (weights,)
+        bag = replace(bag, loads=(0, len(sources) - 1), weight="x1")
+    return Found(values[0], table, bag, sources)
+
+
+def _regular(ids: fx.Node, offsets: fx.Node) -> tuple[tuple[fx.Node, ...], bool]:
+    """The ids as `[B, L]` where the offsets are `arange(0, B * L, L)`: what `embedding_bag` makes of 2-D ids."""
+    step = offsets.args[2] if offsets.target is aten.arange.start_step and len(offsets.args) > 2 else None
+    if step is None or ids.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        return (), False
+    matrix = ids.args[0]
+    assert isinstance(matrix, fx.Node)
+    shape = matrix.meta["val"].shape
+    if len(shape) != 2 or offsets.args[0] != 0 or not isinstance(step, int) or shape[1] != step:
+        return (), False
+    return (matrix,), True
+
+
+def _pooled(node: fx.Node) -> Found | None:
+    spec = Lookup.parse(str(node.args[2]))
+    if len(spec.bags) != 1 or len(node.users) != 1:
+        return None
+    tables, sources = node.args[0], node.args[1]
+    return Found(next(iter(node.users)), tables[0], spec.bags[0], tuple(sources))  # type: ignore[arg-type,index]
