@@ -1,0 +1,163 @@
+"""What may move, merge or alias what: the order of a graph's writes, of its walls and of its memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from recompile.graph.walls import is_random, is_wall
+from recompile.rewrite.schema import arguments, op_name
+
+_ENTER: Any = torch.amp.autocast_mode._enter_autocast
+_EXIT: Any = torch.amp.autocast_mode._exit_autocast
+# These write to their running statistics, though their schema does not say so.
+_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+
+
+def updates_statistics(node: fx.Node) -> bool:
+    """Whether `node` is a normalization that writes to its running mean and variance."""
+    if not isinstance(node.target, OpOverload) or op_name(node.target) not in _STATISTICS:
+        return False
+    given = arguments(node)
+    return bool(given[_STATISTICS[op_name(node.target)]]) and given["running_mean"] is not None
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether `node` may be computed again, once less, or at another place: no effect and no random numbers."""
+    return not (is_wall(node) or is_random(node) or updates_statistics(node))
+
+
+def storages(value: Any) -> Iterator[int]:
+    """Identities of the memory under a node's value, or under an argument made of nodes."""
+    if isinstance(value, fx.Node):
+        yield from storages(value.meta.get("val"))
+    elif isinstance(value, torch.Tensor):
+        if value.layout is torch.strided:
+            yield value.untyped_storage()._cdata
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from storages(part)
+
+
+class Effects:
+    """The order of effects in one graph. Nodes made later take their place by `adopt`."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order: dict[fx.Node, int] = {}
+        self.region: dict[fx.Node, int] = {}  # how many walls of unknown effect stand before a node
+        self.autocasts: dict[fx.Node, tuple[fx.Node, ...]] = {}  # the autocast switches open at a node
+        self.walls: list[fx.Node] = []  # the one at `i` ends region `i`
+        self.owner: dict[int, fx.Node] = {}  # memory -> the first node that has it
+        self._writes: dict[int, list[int]] = {}
+        self._by_order: list[fx.Node] = []
+        open_now: tuple[fx.Node, ...] = ()
+        for node in graph.nodes:
+            self._place(node, len(self._by_order), len(self.walls), open_now)
+            self._by_order.append(node)
+            open_now = _switch(node, open_now)
+            self._note(node)
+        self._held = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(n)}
+        self._outputs = Counter(s for n in graph.output_node().args for s in set_per_part(n))
+
+    def adopt(self, new: fx.Node, like: fx.Node) -> None:
+        """Treat `new` as standing where `like` stands."""
+        self._place(new, self.order[like], self.region[like], self.autocasts[like])
+
+    def between(self, node: fx.Node, other: fx.Node) -> fx.Node | None:
+        """The wall that keeps `node` from being computed where `other` stands, or None."""
+        low, high = sorted((node, other), key=self.order.__getitem__)
+        if self.region[low] != self.region[high]:
+            return self.walls[self.region[low]]
+        reads = self._writes and storages([*node.all_input_nodes, node])
+        for storage in reads or ():
+            places = self._writes.get(storage, [])
+            at = bisect_right(places, self.order[low])
+            if at < len(places) and places[at] < self.order[high]:
+                return self._by_order[places[at]]
+        return None
+
+    def why_not_alias(self, old: fx.Node, new: fx.Node) -> str:
+        """Why `new`, which shares memory with others than `old` does, must not take its place; "" if it may.
+
+        A graph output that was fresh must not become an input or another output, nor the other way round,
+        and a copy must stay one if either side is written in place.
+        """
+        before, after = set(storages(old)), set(storages(new))
+        if before == after or not (self._shared(before, old) or self._shared(after, new)):
+            return ""
+        for storage in before | after:
+            if storage in self._writes:
+                return f"{self._by_order[self._writes[storage][0]].name} writes in place to this memory"
+        for storage in before:
+            if self._outputs[storage] and self._exposed(storage, old, after):
+                return "it would change which inputs and outputs of the graph share memory"
+        return ""
+
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether anything in the graph writes to the memory of `node`."""
+        return any(storage in self._writes for storage in storages(node))
+
+    def _exposed(self, storage: int, old: fx.Node, after: set[int]) -> bool:
+        others = storage in self._held or (self._outputs[storage] > 1 and self._shared({storage}, old))
+        return others or any(s in self._held or self._outputs[s] for s in after)
+
+    def _shared(self, found: Iterable[int], node: fx.Node) -> bool:
+        return any(self.owner.get(s, node) is not node for s in found)
+
+    def _place(self, node: fx.Node, order: int, region: int, autocasts: tuple[fx.Node, ...]) -> None:
+        self.order[node], self.region[node], self.autocasts[node] = order, region, autocasts
+        for storage in storages(node):
+            self.owner.setdefault(storage, node)
+
+    def _note(self, node: fx.Node) -> None:
+        """Remember what `node` does to those after it."""
+        if updates_statistics(node):
+            given = arguments(node)
+            self._write(node, [given["running_mean"], given["running_var"]])
+        elif not is_wall(node):
+            return
+        elif isinstance(node.target, OpOverload):
+            given = arguments(node)
+            infos = {arg.name: arg.alias_info for arg in node.target._schema.arguments}
+            self._write(node, [v for k, v in given.items() if infos[k] is not None and infos[k].is_write])
+        else:
+            self.walls.append(node)
+
+    def _write(self, node: fx.Node, written: list[Any]) -> None:
+        for storage in storages(written):
+            self._writes.setdefault(storage, []).append(self.order[node])
+
+
+def set_per_part(outputs: Any) -> Iterator[int]:
+    """The memory of each output of a graph, once an output node."""
+    nodes: dict[fx.Node, None] = {}
+    fx.node.map_arg(outputs, lambda n: nodes.setdefault(n))
+    for node in nodes:
+        yield from set(storages(node))
+
+
+def _switch(node: fx.Node, open_now: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    if node.target is _ENTER:
+        return (*open_now, node)
+    return tuple(n for n in open_now if n is not node.args[0]) if node.target is _EXIT else open_now
+
+
+@contextmanager
+def autocast_at(switches: tuple[fx.Node, ...]) -> Iterator[None]:
+    """torch's autocast state as these `_enter_autocast` nodes leave it."""
+    cached = torch.is_autocast_cache_enabled()
+    modes = [_ENTER(*node.args) for node in switches]
+    torch.set_autocast_cache_enabled(False)  # it would keep our fake tensors
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _EXIT(mode)
+        torch.set_autocast_cache_enabled(cached)
