@@ -80,7 +80,7 @@ def capture(gm: fx.GraphModule) -> Captured:
 
 
 class _ShapeWrite(Exception):
-    """The operator changes in place the shape of a verbatim node's result, whose fake tensor shows it already.
+    """It changes in place the shape of a verbatim node's result, whose fake tensor shows it already.
 
     Dynamo breaks the graph where an input would change its shape.
     """
