@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 
 from recompile.graph.walls import is_random, is_wall
 from recompile.rewrite.schema import arguments, op_name
+from recompile.torch_private.symbols import expression
 
 _ENTER: Any = torch.amp.autocast_mode._enter_autocast
 _EXIT: Any = torch.amp.autocast_mode._exit_autocast
@@ -30,7 +31,7 @@ def updates_statistics(node: fx.Node) -> bool:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether `node` may be computed again, once less, or at another place: no effect and no random numbers."""
+    """Whether `node` may be computed again, once less, or elsewhere: no effect, no random numbers."""
     return not (is_wall(node) or is_random(node) or updates_statistics(node))
 
 
@@ -47,7 +48,7 @@ def storages(value: Any) -> Iterator[int]:
 
 
 class Effects:
-    """The order of effects in one graph. Nodes made later take their place by `adopt`."""
+    """The order of effects in one graph. Nodes made later come in by `adopt`."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.order: dict[fx.Node, int] = {}
@@ -59,16 +60,30 @@ class Effects:
         self._by_order: list[fx.Node] = []
         open_now: tuple[fx.Node, ...] = ()
         for node in graph.nodes:
-            self._place(node, len(self._by_order), len(self.walls), open_now)
+            self.order[node], self.region[node] = len(self._by_order), len(self.walls)
+            self.autocasts[node] = open_now
             self._by_order.append(node)
+            self.learn(node)
             open_now = _switch(node, open_now)
             self._note(node)
         self._held = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(n)}
-        self._outputs = Counter(s for n in graph.output_node().args for s in set_per_part(n))
+        # The sizes that the graph's inputs are.
+        self.sizes = {
+            expression(n.meta["val"]): n
+            for n in graph.nodes
+            if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.SymInt)
+        }
+        self._outputs = Counter(s for s in _memory_of_each(graph.output_node()))
 
     def adopt(self, new: fx.Node, like: fx.Node) -> None:
-        """Treat `new` as standing where `like` stands."""
-        self._place(new, self.order[like], self.region[like], self.autocasts[like])
+        """Treat `new` as standing where `like` stands; `learn` it once its value is known."""
+        self.order[new], self.region[new] = self.order[like], self.region[like]
+        self.autocasts[new] = self.autocasts[like]
+
+    def learn(self, node: fx.Node) -> None:
+        """Take in the memory of `node`'s value."""
+        for storage in storages(node):
+            self.owner.setdefault(storage, node)
 
     def between(self, node: fx.Node, other: fx.Node) -> fx.Node | None:
         """The wall that keeps `node` from being computed where `other` stands, or None."""
@@ -111,11 +126,6 @@ class Effects:
     def _shared(self, found: Iterable[int], node: fx.Node) -> bool:
         return any(self.owner.get(s, node) is not node for s in found)
 
-    def _place(self, node: fx.Node, order: int, region: int, autocasts: tuple[fx.Node, ...]) -> None:
-        self.order[node], self.region[node], self.autocasts[node] = order, region, autocasts
-        for storage in storages(node):
-            self.owner.setdefault(storage, node)
-
     def _note(self, node: fx.Node) -> None:
         """Remember what `node` does to those after it."""
         if updates_statistics(node):
@@ -129,17 +139,16 @@ class Effects:
             self._write(node, [v for k, v in given.items() if infos[k] is not None and infos[k].is_write])
         else:
             self.walls.append(node)
+            self._write(node, node.all_input_nodes)  # for all we know
 
     def _write(self, node: fx.Node, written: list[Any]) -> None:
         for storage in storages(written):
             self._writes.setdefault(storage, []).append(self.order[node])
 
 
-def set_per_part(outputs: Any) -> Iterator[int]:
-    """The memory of each output of a graph, once an output node."""
-    nodes: dict[fx.Node, None] = {}
-    fx.node.map_arg(outputs, lambda n: nodes.setdefault(n))
-    for node in nodes:
+def _memory_of_each(output: fx.Node) -> Iterator[int]:
+    """The memory of each of the nodes that a graph returns."""
+    for node in output.all_input_nodes:
         yield from set(storages(node))
 
 

@@ -206,7 +206,9 @@ class Ops:
                 return _Maker(self.call, getattr(torch.ops.aten, known))
         if name.startswith("__"):
             raise AttributeError(name)
-        raise RecompileError(f"aten has no operator {name!r}", try_="op.call(torch.ops.<library>.<name>, ...)")
+        raise RecompileError(
+            f"aten has no operator {name!r}", try_="op.call(torch.ops.<library>.<name>, ...)"
+        )
 
 
 @dataclass(frozen=True)

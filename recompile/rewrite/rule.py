@@ -1,88 +1,160 @@
-"""Passes, their refusals, and what they report to."""
+"""A rewrite as a pattern, a check and a replacement."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
-from typing import ClassVar, TypeVar
+from typing import Any
 
+import torch
 from torch import fx
 
-from ..options import Options
-from ..report import Refusal, RuleRecord, user_line
-
-
-class Refuse(Exception):
-    """Raised by a rule that does not fire.
-
-    Args:
-        why: one sentence for the user.
-        at: the node that is to blame.
-    """
-
-    def __init__(self, why: str, at: fx.Node | None = None) -> None:
-        super().__init__(why)
-        self.why, self.at = why, at
-
-
-@dataclass
-class Context:
-    """What a pass is given beside the graph: the user's options, and the record it writes to."""
-
-    options: Options = field(default_factory=Options)
-    rules: dict[str, RuleRecord] = field(default_factory=dict)
-
-    def rule(self, name: str) -> RuleRecord:
-        """The record of a rule, made on first use (so that a rule that never fires is still listed)."""
-        return self.rules.setdefault(name, RuleRecord(name))
-
-    def tried(self, name: str, n: int = 1) -> None:
-        """Counts `n` candidates that the rule looked at."""
-        self.rule(name).tried += n
-
-    def fired(self, name: str, n: int = 1) -> None:
-        """Counts `n` rewrites."""
-        self.rule(name).fired += n
-
-    def refuse(self, name: str, why: str, at: fx.Node | None = None) -> None:
-        """Records why the rule left a candidate alone."""
-        line = user_line(at) if at is not None else ""
-        self.rule(name).refused.append(Refusal(why, at.name if at is not None else "", line))
+from recompile.rewrite.base import Context, Pass, Refuse
+from recompile.rewrite.build import Builder
+from recompile.rewrite.effects import Effects, is_pure
+from recompile.rewrite.match import Found, Matcher
+from recompile.rewrite.pattern import Ops, Pattern
+from recompile.rewrite.replace import replace
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One rewrite of a graph. Subclasses are frozen dataclasses: their fields are the pass's options."""
+class Match:
+    """A place where a rule's pattern fits, and the means to build what replaces it."""
 
-    numerics: ClassVar[str] = "reassociate"
-    after: ClassVar[tuple[str, ...]] = ()
-    before: ClassVar[tuple[str, ...]] = ()
+    found: Found
+    builder: Builder
+    op: Calls = field(init=False)
 
-    @classmethod
-    def name(cls) -> str:
-        """The pass's name in options and reports: `FuseLookups` is `fuse-lookups`."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "op", Calls(self.builder))
+
+    def __getitem__(self, name: str) -> Any:
+        """What the pattern calls `name`: a node, a constant, an `any_of`'s choice, or a list inside an `each`.
+
+        None if the alternative that fits has no such part.
+        """
+        if name not in self.found.names:
+            raise KeyError(f"the pattern has no {name!r}, only {sorted(self.found.names)}")
+        return self.found.names[name]
+
+    def node(self, name: str) -> fx.Node:
+        """`m[name]`, which must be a node.
+
+        Raises:
+            TypeError: it is something else.
+        """
+        if not isinstance(self[name], fx.Node):
+            raise TypeError(f"{name} is {self[name]!r}, not a node")
+        return self.found.names[name]  # type: ignore[no-any-return]
+
+    def val(self, name: str) -> torch.Tensor:
+        """The fake tensor of the node `m[name]`: its shape, dtype and device."""
+        return self.node(name).meta["val"]  # type: ignore[no-any-return]
+
+    @property
+    def dims(self) -> dict[str, Any]:
+        """The sizes behind the pattern's dimension names, each an int or a SymInt; inside an `each`, a list."""
+        return self.found.dims
+
+    @property
+    def root(self) -> fx.Node:
+        """The node of the pattern's (first) output."""
+        return self.found.roots[0]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph that is rewritten."""
+        return self.root.graph
+
+
+class Calls:
+    """`m.op.sum(x, dim=[1])` adds a node, just before the place of the match."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.call = builder.call
+
+    def __getattr__(self, name: str) -> Any:
+        packet = getattr(torch.ops.aten, name)
+        return lambda *args, **kwargs: self.call(packet, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Rule(Pass):
+    """A pass that replaces what fits a pattern.
+
+    One sweep from the graph's inputs to its outputs: every node that calls the operator of the pattern's (first)
+    output is tried once, and finds what earlier rewrites of the sweep left. New nodes are not tried again.
+    Nothing that the pattern covers may write to a tensor, draw random numbers, or stand across a wall, such
+    as a grad-mode switch or a write to a tensor it reads; its variables may stand anywhere.
+    """
+
+    def pattern(self, op: Ops) -> Pattern | tuple[Pattern, ...]:
+        """What to look for. A tuple looks for several values at once, which share parts."""
+        raise NotImplementedError(f"{type(self).__name__} has no pattern()")
+
+    def check(self, m: Match) -> None:
+        """Raises Refuse if the match must be left alone."""
+
+    def rewrite(self, m: Match) -> fx.Node | tuple[fx.Node, ...]:
+        """Builds the replacement and returns it: one node for each output of the pattern. May raise Refuse."""
+        raise NotImplementedError(f"{type(self).__name__} has no rewrite()")
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
-        """Rewrites `graph` in place. Nodes it adds carry `meta["val"]`."""
-        raise NotImplementedError(f"{type(self).__name__} has no run()")
+        """The sweep."""
+        effects = Effects(graph)
+        matcher = Matcher(self.pattern(Ops()), effects)
+        ctx.rule(self.name())
+        gone: set[fx.Node] = set()
+        for node in [node for node in graph.nodes if matcher.can_start(node)]:
+            if node not in gone and node.users:
+                ctx.tried(self.name())
+                gone.update(self._attempt(node, matcher, ctx))
+
+    def _attempt(self, root: fx.Node, matcher: Matcher, ctx: Context) -> list[fx.Node]:
+        """Rewrite at `root` if the rule applies; the nodes that are gone."""
+        found = matcher.find(root)
+        if found is None:
+            if matcher.nearest is not None:
+                ctx.refuse(self.name(), *matcher.nearest)
+            return []
+        builder = None
+        try:
+            builder = Builder(matcher.effects, place(found, matcher.effects), self.name(), root)
+            match = Match(found, builder)
+            self.check(match)
+            replace(found.roots, self.rewrite(match), builder)
+        except Refuse as refusal:
+            if builder is not None:
+                builder.discard()
+            ctx.refuse(self.name(), refusal.why, refusal.at or root)
+            return []
+        ctx.fired(self.name())
+        builder.discard()
+        return _sweep_up(found)
 
 
-P = TypeVar("P", bound=type[Pass])
-_registered: dict[str, type[Pass]] = {}
+def place(found: Found, effects: Effects) -> fx.Node:
+    """The node before which the replacement goes: after all that it may read, before all that read it.
+
+    Raises:
+        Refuse: there is no such place.
+    """
+    first = min(found.roots, key=effects.order.__getitem__)
+    leaves = {leaf for node in found.inner for leaf in node.all_input_nodes} - set(found.inner)
+    last = max(leaves, key=effects.order.__getitem__, default=first)
+    if len(found.roots) == 1 or effects.order[last] <= effects.order[first]:
+        return first
+    for root in found.roots:
+        for user in root.users:
+            if user not in found.inner and effects.order[user] <= effects.order[last]:
+                raise Refuse(f"{user.name} uses {root.name} before {last.name} is known", user)
+    return last.next
 
 
-def register(cls: P) -> P:
-    """Makes a pass known to the pipeline, under its name."""
-    _registered[cls.name()] = cls
-    return cls
-
-
-def registered() -> dict[str, type[Pass]]:
-    """All known passes by name: ours, and those that other packages offer as entry points `recompile.passes`."""
-    from .. import passes  # noqa: F401  (registers ours)
-
-    for entry in entry_points(group="recompile.passes"):
-        register(entry.load())
-    return dict(_registered)
+def _sweep_up(found: Found) -> list[fx.Node]:
+    """Erase what the match covered and nobody uses any more."""
+    gone = []
+    for node in reversed(found.inner):
+        if not node.users and is_pure(node):
+            node.graph.erase_node(node)
+            gone.append(node)
+    return gone

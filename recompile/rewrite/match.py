@@ -1,0 +1,395 @@
+"""The matcher: does a pattern fit at a node, and if not, how far did it get?
+
+It tries every way in which the pattern could fit (operands swapped, alternatives) and undoes what a way that
+fails has bound. A failure that got past two operators is the *nearest miss*: the report shows it, so that a
+rule which almost fired says why it did not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from recompile.graph.walls import is_random, is_wall
+from recompile.rewrite.effects import Effects, updates_statistics
+from recompile.rewrite.pattern import AnyOf, Anything, Const, Each, Operator, Pattern, Var, inside, names
+from recompile.rewrite.schema import (
+    REQUIRED,
+    Argument,
+    bind,
+    is_commutative,
+    is_size,
+    normal,
+    op_name,
+    same,
+    schema,
+)
+
+_UNBOUND = object()
+_NEAR = 2  # operators that must have fitted for a miss to be worth telling
+
+
+@dataclass
+class Scope:
+    """What is bound: by the whole match, or by one element of an `each`."""
+
+    names: dict[Any, Any] = field(default_factory=dict)
+    keys: dict[Any, Any] = field(default_factory=dict)  # a pattern's key -> what it matched
+    dims: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One fit of a pattern. `roots` are the nodes of its outputs, `inner` all operators that it covers."""
+
+    roots: tuple[fx.Node, ...]
+    inner: tuple[fx.Node, ...]
+    names: dict[str, Any]
+    dims: dict[str, Any]
+
+
+class Matcher:
+    """Finds one pattern, or a tuple of patterns that share parts, in one graph."""
+
+    def __init__(self, pattern: Pattern | tuple[Pattern, ...], effects: Effects) -> None:
+        self.outputs = pattern if isinstance(pattern, tuple) else (pattern,)
+        self.effects = effects
+        self.starts = _starts(self.outputs[0])
+        self.names = names(self.outputs)
+
+    def can_start(self, node: fx.Node) -> bool:
+        """Whether the first output's operator is the one that `node` calls."""
+        return node.op == "call_function" and any(p.starts(node.target) for p in self.starts)
+
+    def find(self, root: fx.Node) -> Found | None:
+        """The first fit with the first output at `root`, or None: then `nearest` may say why."""
+        self.root, self.nearest, self._best = root, None, _NEAR - 1
+        self._trail: list[tuple[dict[Any, Any], Any]] = []
+        self._scopes = [Scope()]
+        self._inner: dict[fx.Node, None] = {}
+        self._once: dict[fx.Node, None] = {}
+        for _ in self._match(self.outputs[0], root):
+            for roots in self._others(self.outputs[1:], (root,)):
+                if self._only_here(roots):
+                    return self._found(roots)
+        return None
+
+    nearest: tuple[str, fx.Node] | None = None
+
+    # -- one value
+
+    def _match(self, pattern: Any, value: Any) -> Iterator[None]:
+        """Yields once for every way in which `pattern` fits `value`; what it binds is undone afterwards."""
+        bound = self._lookup("keys", pattern.key)
+        if bound is not _UNBOUND:
+            if same(bound, value):
+                yield
+            else:
+                self._miss(f"expected {_show(bound)} again, found {_show(value)}", value)
+            return
+        mark = len(self._trail)
+        if self._is_kind(pattern, value) and self._fits(pattern, value) and self._bind(pattern, value):
+            if isinstance(pattern, Operator):
+                yield from self._operator(pattern, value)
+            elif isinstance(pattern, AnyOf):
+                yield from self._any_of(pattern, value)
+            elif isinstance(pattern, Each):
+                yield from self._each(pattern, value)
+            else:
+                yield
+        self._undo(mark)
+
+    def _is_kind(self, pattern: Pattern, value: Any) -> bool:
+        if isinstance(pattern, Operator):
+            ok = isinstance(value, fx.Node) and pattern.starts(value.target)
+        elif isinstance(pattern, Var):
+            ok = isinstance(value, fx.Node) and not is_size(value)
+        elif isinstance(pattern, Const):
+            ok = _is_constant(value)
+        elif isinstance(pattern, Each):
+            ok = isinstance(value, (list, tuple)) and len(value) >= pattern.at_least
+        else:
+            ok = isinstance(pattern, (AnyOf, Anything))
+        return ok or self._miss(f"expected {pattern.says()}, found {_show(value)}", value)
+
+    def _fits(self, pattern: Pattern, value: Any) -> bool:
+        """Whether dtype and dimensions are the expected ones; binds the dimensions' names."""
+        if not pattern.dtypes and pattern.dims is None:
+            return True
+        tensor = value.meta.get("val") if isinstance(value, fx.Node) else None
+        if not isinstance(tensor, torch.Tensor):
+            return self._miss(f"expected a tensor, found {_show(value)}", value)
+        if pattern.dtypes and tensor.dtype not in pattern.dtypes:
+            wanted = " or ".join(map(str, pattern.dtypes))
+            return self._miss(f"expected {pattern.says()} of {wanted}, found {tensor.dtype}", value)
+        return pattern.dims is None or self._shape(pattern, value, tensor.shape)
+
+    def _shape(self, pattern: Pattern, value: fx.Node, shape: Sequence[Any]) -> bool:
+        dims = pattern.dims or ()
+        if dims and dims[0] is ...:
+            dims, shape = dims[1:], shape[max(0, len(shape) - len(dims) + 1) :]
+        text = ", ".join("..." if d is ... else str(d) for d in pattern.dims or ())
+        if len(dims) != len(shape):
+            return self._miss(
+                f"expected {pattern.says()} of shape [{text}], found {list(value.meta['val'].shape)}", value
+            )
+        for dim, size in zip(dims, shape, strict=True):
+            known = self._dim(dim, size)
+            if known is not None and not same(known, size):
+                return self._miss(
+                    f"expected {pattern.says()} of shape [{text}] where {dim} is {known}, found {size}", value
+                )
+        return True
+
+    def _dim(self, dim: Any, size: Any) -> Any:
+        """What the size must be, or None; binds the name of a dimension."""
+        if not isinstance(dim, str):
+            return dim
+        free = not dim[0].isupper()
+        scope = self._scopes[-1 if free else 0]
+        if dim not in scope.dims:
+            self._set(scope.dims, dim, size)
+        return None if free else scope.dims[dim]
+
+    def _bind(self, pattern: Pattern, value: Any) -> bool:
+        if pattern.name:
+            bound = self._lookup("names", pattern.name)
+            if bound is not _UNBOUND and not same(bound, value):
+                return self._miss(
+                    f"expected {pattern.name} to be {_show(bound)} again, found {_show(value)}", value
+                )
+            if bound is _UNBOUND:
+                self._set(self._scopes[-1].names, pattern.name, value)
+        if not isinstance(pattern, Anything):
+            self._set(self._scopes[-1].keys, pattern.key, value)
+        if pattern.once and isinstance(value, fx.Node) and value not in self._once:
+            self._set(self._once, value, None)
+        return True
+
+    # -- patterns with parts
+
+    def _operator(self, pattern: Operator, node: fx.Node) -> Iterator[None]:
+        if (why := self._fixed(node)) is not None:
+            self._miss(why, node)
+            return
+        if node not in self._inner:
+            self._set(self._inner, node, None)
+        if not isinstance(node.target, OpOverload):
+            yield from self._list(pattern.args, node.args, node)
+            return
+        for given in _orders(pattern, node.target):
+            yield from self._arguments(node, self._pairs(pattern, node, given))
+
+    def _fixed(self, node: fx.Node) -> str | None:
+        """Why `node` cannot be computed at another place, if that is so."""
+        if is_wall(node) or updates_statistics(node):
+            return f"{node.name} writes to a tensor or has another effect"
+        if is_random(node):
+            return f"{node.name} draws random numbers"
+        wall = self.effects.between(node, self.root)
+        return None if wall is None else f"{wall.name} stands between {node.name} and {self.root.name}"
+
+    def _pairs(
+        self, pattern: Operator, node: fx.Node, given: dict[str, Any]
+    ) -> Iterator[tuple[Argument, Any, Any]]:
+        """(argument, expected, found) for each argument of the call."""
+        assert isinstance(node.target, OpOverload)
+        found = bind(node.target, node.args, node.kwargs) or {}
+        for arg in schema(node.target):
+            if arg.name in given or not pattern.rest:
+                yield arg, given.get(arg.name, arg.default), found.get(arg.name, arg.default)
+
+    def _arguments(self, node: fx.Node, pairs: Iterator[tuple[Argument, Any, Any]]) -> Iterator[None]:
+        waiting = []
+        for arg, expected, found in pairs:
+            if next(inside(expected), None) is not None:
+                waiting.append((expected, normal(node, arg, found)))
+            elif expected is REQUIRED or not same(normal(node, arg, expected), normal(node, arg, found)):
+                waiting.append((_Literal(node, arg, normal(node, arg, expected)), normal(node, arg, found)))
+        yield from self._all(waiting, node)
+
+    def _all(self, pairs: Sequence[tuple[Any, Any]], node: fx.Node) -> Iterator[None]:
+        if not pairs:
+            yield
+            return
+        expected, found = pairs[0]
+        for _ in self._one(expected, found, node):
+            yield from self._all(pairs[1:], node)
+
+    def _one(self, expected: Any, found: Any, node: fx.Node) -> Iterator[None]:
+        if isinstance(expected, Pattern):
+            yield from self._match(expected, found)
+        elif isinstance(expected, _Literal):
+            self._miss(expected.says(found), node)
+        elif isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)):
+            yield from self._list(expected, found, node)
+        elif same(expected, found):
+            yield
+        else:
+            self._miss(f"expected {_show(expected)}, found {_show(found)}", node)
+
+    def _list(self, expected: Sequence[Any], found: Sequence[Any], node: fx.Node) -> Iterator[None]:
+        if len(expected) != len(found):
+            self._miss(f"expected {len(expected)} elements in {node.name}, found {len(found)}", node)
+            return
+        yield from self._all(list(zip(expected, found, strict=True)), node)
+
+    def _any_of(self, pattern: AnyOf, value: Any) -> Iterator[None]:
+        for option, tagged in zip(pattern.options, pattern.values, strict=True):
+            mark = len(self._trail)
+            if pattern.tag:
+                self._set(self._scopes[-1].names, pattern.tag, tagged)
+            yield from self._match(option, value)
+            self._undo(mark)
+
+    def _each(self, pattern: Each, value: Sequence[Any]) -> Iterator[None]:
+        mark, found = len(self._trail), []
+        for element in value:
+            self._scopes.append(Scope())
+            fits = next((True for _ in self._one(pattern.element, element, self.root)), False)
+            found.append(self._scopes.pop())
+            if not fits:
+                self._undo(mark)
+                return
+        self._columns(pattern, found)
+        yield
+
+    def _columns(self, pattern: Each, found: list[Scope]) -> None:
+        """Bind, for each name inside an `each`, the list of what it stands for in each element."""
+        here = self._scopes[-1]
+        for name in names(pattern.element):
+            if self._lookup("names", name) is _UNBOUND:
+                self._set(here.names, name, [scope.names.get(name) for scope in found])
+        for dim in {dim for scope in found for dim in scope.dims}:
+            if dim not in here.dims:
+                self._set(here.dims, dim, [scope.dims.get(dim) for scope in found])
+
+    # -- the whole
+
+    def _others(self, rest: Sequence[Pattern], roots: tuple[fx.Node, ...]) -> Iterator[tuple[fx.Node, ...]]:
+        if not rest:
+            yield roots
+            return
+        for root in self._candidates(rest[0]):
+            for _ in self._match(rest[0], root):
+                yield from self._others(rest[1:], (*roots, root))
+
+    def _candidates(self, pattern: Pattern) -> list[fx.Node]:
+        """Nodes where another output can be: above a part of it that is bound already."""
+        bound = [(self._bound(p), depth) for p, depth in _depths(pattern, 0)]
+        known = [(depth, node) for node, depth in bound if isinstance(node, fx.Node)]
+        if not known:
+            return []
+        depth, node = min(known, key=lambda pair: pair[0])
+        level, seen = {node: None}, {node: None}
+        for _ in range(depth):
+            level = {user: None for n in level for user in n.users}
+            seen |= level
+        starts = _starts(pattern)
+        return [n for n in seen if n not in self._inner and any(p.starts(n.target) for p in starts)]
+
+    def _only_here(self, roots: tuple[fx.Node, ...]) -> bool:
+        for node in self._once:
+            for user in node.users:
+                if user not in self._inner and node not in roots:
+                    return self._miss(f"{node.name} is also used by {user.name}", node, sure=True)
+        return True
+
+    def _found(self, roots: tuple[fx.Node, ...]) -> Found:
+        inner = sorted(self._inner, key=self.effects.order.__getitem__)
+        bound = self._scopes[0]
+        return Found(roots, tuple(inner), dict.fromkeys(self.names) | bound.names, dict(bound.dims))
+
+    # -- bindings
+
+    def _lookup(self, kind: str, key: Any) -> Any:
+        for scope in reversed(self._scopes):
+            if key in (bound := getattr(scope, kind)):
+                return bound[key]
+        return _UNBOUND
+
+    def _bound(self, pattern: Pattern) -> Any:
+        """What `pattern` matched already, by its key or its name."""
+        value = self._lookup("keys", pattern.key)
+        return self._lookup("names", pattern.name) if value is _UNBOUND and pattern.name else value
+
+    def _set(self, bound: dict[Any, Any], key: Any, value: Any) -> None:
+        bound[key] = value
+        self._trail.append((bound, key))
+
+    def _undo(self, mark: int) -> None:
+        while len(self._trail) > mark:
+            bound, key = self._trail.pop()
+            bound.pop(key, None)
+
+    def _miss(self, why: str, at: Any, sure: bool = False) -> bool:
+        """Keep the failure that got farthest. Always False."""
+        reached = len(self._inner) + sure
+        if reached > self._best:
+            self._best = reached
+            self.nearest = why, at if isinstance(at, fx.Node) else self.root
+        return False
+
+
+@dataclass(frozen=True)
+class _Literal:
+    """An argument that has not the expected value; kept until all that can be bound is."""
+
+    node: fx.Node
+    arg: Argument
+    expected: Any
+
+    def says(self, found: Any) -> str:
+        return (
+            f"expected {op_name(self.node.target)} with {self.arg.name} {_show(self.expected)}, "
+            f"found {_show(found)}"
+        )
+
+
+def _orders(pattern: Operator, op: OpOverload) -> list[dict[str, Any]]:
+    """The pattern's arguments by schema name, in one or both orders of its operands."""
+    given = bind(op, pattern.args, pattern.kwargs)
+    if given is None:
+        return []
+    if is_commutative(op) and len(pattern.args) == 2 and not pattern.kwargs:
+        first, second = given
+        return [given, {first: given[second], second: given[first]}]
+    return [given]
+
+
+def _starts(pattern: Pattern) -> list[Operator]:
+    """The operators with which a match can start."""
+    if isinstance(pattern, Operator):
+        return [pattern]
+    if isinstance(pattern, AnyOf):
+        return [start for option in pattern.options for start in _starts(option)]
+    raise TypeError(f"a pattern starts with an operator, not with {pattern.says()}")
+
+
+def _depths(pattern: Any, depth: int) -> Iterator[tuple[Pattern, int]]:
+    """The parts of a pattern, each with the number of operators above it."""
+    if isinstance(pattern, (list, tuple)):
+        for part in pattern:
+            yield from _depths(part, depth)
+    elif isinstance(pattern, Pattern) and not isinstance(pattern, Each):
+        yield pattern, depth
+        for part in pattern.parts():
+            yield from _depths(part, depth + isinstance(pattern, Operator))
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_constant, value))
+    return not isinstance(value, fx.Node) or is_size(value)
+
+
+def _show(value: Any) -> str:
+    """A value in a refusal's sentence."""
+    if isinstance(value, fx.Node):
+        return op_name(value.target) if value.op == "call_function" else value.name
+    return f"[{', '.join(map(_show, value))}]" if isinstance(value, (list, tuple)) else str(value)
