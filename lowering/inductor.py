@@ -107,5 +107,7 @@ def _operand(node: Any, args: KernelArgs, output: bool) -> Operand:
 
 def _expression(value: Any, args: KernelArgs) -> str:
     expr = V.graph.sizevars.simplify(sympy.sympify(value))
+    if expr.is_Integer:
+        return str(int(expr))
     names = {s: sympy.Symbol(args.size(s), integer=True) for s in expr.free_symbols}
     return str(cexpr_index(expr.subs(names)))

@@ -105,7 +105,13 @@ def _arguments(node: fx.Node) -> dict[str, object]:
     return given | dict(node.kwargs)
 
 
-def _check_table(given: dict[str, object], node: fx.Node) -> fx.Node:
+def check_table(node: fx.Node) -> fx.Node:
+    """The table of an `embedding` or `embedding_bag` node.
+
+    Raises:
+        Refuse: no kernel of ours reads it, or makes the gradient that it asks for.
+    """
+    given = _arguments(node)
     table = given["weight"]
     assert isinstance(table, fx.Node)
     val = table.meta["val"]
@@ -124,7 +130,7 @@ def _check_table(given: dict[str, object], node: fx.Node) -> fx.Node:
 
 def _embedding(node: fx.Node) -> Found:
     given = _arguments(node)
-    table = _check_table(given, node)
+    table = check_table(node)
     ids = given["indices"]
     assert isinstance(ids, fx.Node)
     source, row = ids_of(ids)
@@ -142,7 +148,7 @@ def _embedding(node: fx.Node) -> Found:
 
 def _embedding_bag(node: fx.Node) -> Found:
     given = _arguments(node)
-    table = _check_table(given, node)
+    table = check_table(node)
     values = [u for u in node.users if u.args[1:] == (0,)]
     if len(values) != 1 or len(node.users) != 1:
         raise Refuse("more than the pooled value of this embedding_bag is used", node)

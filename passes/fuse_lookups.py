@@ -12,6 +12,7 @@ their squares (a factorization machine's two terms), become outputs of their own
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from recompile.graph.order import depths, segments, sort
+from recompile.graph.order import depths, erase, segments, sort
 from recompile.graph.walls import is_wall
 from recompile.lowering.lookup import Lookup, Output, Table
 from recompile.rewrite import Context, Pass, Refuse, register
@@ -188,14 +189,12 @@ def _written(group: Group) -> fx.Node | None:
 
 def _rewrite(graph: fx.Graph, group: Group, segment: dict[fx.Node, int]) -> None:
     """Puts the op in, and hands its outputs to the users."""
-    summed = {rows for _, rows in group.sums.values()}
     squares = {s for total, (kind, _) in group.sums.items() if kind == "sum_of_squares" for s in total.all_input_nodes}
     wanted = [
         rows
         for rows in group.rows
         if any(u not in group.rows and u not in group.sums and u not in squares for u in rows.users)
     ]
-    del summed
     spec, tables, sources, places = _spec(group, wanted)
     last = next(reversed(graph.nodes))
     here = segment[group.members[0].value]
@@ -217,19 +216,16 @@ def _rewrite(graph: fx.Graph, group: Group, segment: dict[fx.Node, int]) -> None
     outs: dict[int, fx.Node] = {}
     for node, k in places.outputs:
         if k not in outs:
-            outs[k] = call(_getitem, op, k)
+            outs[k] = call(operator.getitem, op, k)
         shape = node.meta["val"].shape
         new = outs[k]
         if str(tuple(shape)) != str(tuple(new.meta["val"].shape)):
             new = call(aten.view.default, new, [shape[0] if isinstance(shape[0], int) else -1, *shape[1:]])
         node.replace_all_uses_with(new, delete_user_cb=lambda u: u not in group.rows)
     for total in group.sums:
-        _erase(graph, total)
+        erase(total)
     for rows in reversed(list(group.rows)):
-        _erase(graph, rows)
-
-
-_getitem = __import__("operator").getitem
+        erase(rows)
 
 
 def _per_sample(x: fx.Node) -> int:
@@ -237,17 +233,6 @@ def _per_sample(x: fx.Node) -> int:
     for s in x.meta["val"].shape[1:]:
         size *= s
     return size
-
-
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erases `node`, and what fed only it, once nobody uses it."""
-    todo = [node]
-    while todo:
-        dead = todo.pop()
-        if dead.users or dead.op in ("placeholder", "output") or dead._erased or is_wall(dead):
-            continue
-        todo += dead.all_input_nodes
-        graph.erase_node(dead)
 
 
 @dataclass

@@ -19,9 +19,8 @@ An *output* is what consumers wanted: bags side by side, or their sum, or the su
 import ast
 import functools
 from dataclasses import MISSING, dataclass, fields
-from typing import TypeVar
 
-T = TypeVar("T")
+from recompile.lowering.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,17 @@ class Output:
 
 @dataclass(frozen=True)
 class Lookup:
-    """A group of lookups over the same batch, in canonical text form: `str(spec)`, `Lookup.parse(text)`."""
+    """A group of lookups over the same batch, in canonical text form: `str(spec)`, `Lookup.parse(text)`.
+
+    The text ends in a comment with the generators' fingerprint: the text is part of Inductor's cache key.
+    """
 
     tables: tuple[Table, ...]
     bags: tuple[Bag, ...]
     outputs: tuple[Output, ...]
 
     def __str__(self) -> str:
-        return _text(self)
+        return f"{_text(self)}  # {fingerprint()}"
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)

@@ -62,3 +62,14 @@ def sort(graph: fx.Graph, segment: dict[fx.Node, int]) -> None:
             waits[follower] -= 1
             if not waits[follower]:
                 heapq.heappush(ready, (segment[follower], place[follower]))
+
+
+def erase(node: fx.Node) -> None:
+    """Erases `node`, and what fed only it, if nobody uses it; walls, random operators and inputs stay."""
+    todo = [node]
+    while todo:
+        dead = todo.pop()
+        if dead.users or dead._erased or dead.op in ("placeholder", "output") or is_wall(dead) or is_random(dead):
+            continue
+        todo += dead.all_input_nodes
+        dead.graph.erase_node(dead)

@@ -135,8 +135,8 @@ class Effects:
             return
         elif isinstance(node.target, OpOverload):
             given = arguments(node)
-            infos = {arg.name: arg.alias_info for arg in node.target._schema.arguments}
-            self._write(node, [v for k, v in given.items() if infos[k] is not None and infos[k].is_write])
+            infos = [(arg.name, arg.alias_info) for arg in node.target._schema.arguments]
+            self._write(node, [given[name] for name, info in infos if info is not None and info.is_write])
         else:
             self.walls.append(node)
             self._write(node, node.all_input_nodes)  # for all we know

@@ -28,7 +28,7 @@ class Match:
         object.__setattr__(self, "op", Calls(self.builder))
 
     def __getitem__(self, name: str) -> Any:
-        """What the pattern calls `name`: a node, a constant, an `any_of`'s choice, or a list inside an `each`.
+        """What the pattern calls `name`: a node, a constant, an `any_of`'s choice, or a list (`each`).
 
         None if the alternative that fits has no such part.
         """
@@ -52,7 +52,7 @@ class Match:
 
     @property
     def dims(self) -> dict[str, Any]:
-        """The sizes behind the pattern's dimension names, each an int or a SymInt; inside an `each`, a list."""
+        """The sizes behind the pattern's dimension names: ints or SymInts; inside an `each`, lists."""
         return self.found.dims
 
     @property
@@ -81,8 +81,8 @@ class Calls:
 class Rule(Pass):
     """A pass that replaces what fits a pattern.
 
-    One sweep from the graph's inputs to its outputs: every node that calls the operator of the pattern's (first)
-    output is tried once, and finds what earlier rewrites of the sweep left. New nodes are not tried again.
+    One sweep from the graph's inputs to its outputs: every node that calls the operator of the pattern's
+    (first) output is tried once, and finds what earlier rewrites left. New nodes are not tried again.
     Nothing that the pattern covers may write to a tensor, draw random numbers, or stand across a wall, such
     as a grad-mode switch or a write to a tensor it reads; its variables may stand anywhere.
     """
@@ -95,7 +95,7 @@ class Rule(Pass):
         """Raises Refuse if the match must be left alone."""
 
     def rewrite(self, m: Match) -> fx.Node | tuple[fx.Node, ...]:
-        """Builds the replacement and returns it: one node for each output of the pattern. May raise Refuse."""
+        """Builds the replacement and returns it: one node an output of the pattern. May raise Refuse."""
         raise NotImplementedError(f"{type(self).__name__} has no rewrite()")
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:

@@ -1,4 +1,4 @@
-"""A node's arguments by the names of its operator's schema, so that every spelling of a call reads the same."""
+"""A node's arguments by the names of its operator's schema, so that all spellings of a call read the same."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def op_name(target: Any) -> str:
     """The name of an operator without namespace and overload, such as `sum`."""
     if isinstance(target, OpOverload):
         return target.overloadpacket.__name__
-    return getattr(target, "__name__", str(target))
+    return str(getattr(target, "__name__", target))
 
 
 def is_commutative(op: OpOverload) -> bool:

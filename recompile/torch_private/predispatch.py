@@ -2,7 +2,7 @@
 
 torch keeps one mode slot on its PreDispatch key for tracers and accepts only subclasses of make_fx's own
 mode in it. `linear`, `embedding_bag`, `gru`, `scaled_dot_product_attention` arrive whole there.
-Tried with torch 2.11 to 2.13: `torch.fx.experimental.proxy_tensor.{ProxyTorchDispatchMode, PythonKeyTracer}`,
+Tried with torch 2.13: `torch.fx.experimental.proxy_tensor.{ProxyTorchDispatchMode, PythonKeyTracer}`,
 `torch._dispatch.python.enable_python_dispatcher`.
 """
 

@@ -1,6 +1,6 @@
 """Sizes as sympy expressions, and expressions as nodes.
 
-Tried with torch 2.11 to 2.13: `SymInt.node.expr`, `torch.utils._sympy.interp.sympy_interp`,
+Tried with torch 2.13: `SymInt.node.expr`, `torch.utils._sympy.interp.sympy_interp`,
 `torch.utils._sympy.reference.PythonReferenceAnalysis`.
 """
 
