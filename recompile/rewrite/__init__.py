@@ -1,13 +1,18 @@
 """The pattern language, the matcher and its refusals: what pass authors write with."""
 
 from .base import Context, Pass, Refuse
+from .build import Builder
+from .effects import Effects, is_pure
 from .pattern import Ops, Pattern, any_of, each, optional
 from .registry import register, registered
+from .replace import replace, same_strides
 from .rule import Match, Rule
-from .schema import arguments
+from .schema import arguments, same
 
 __all__ = [
+    "Builder",
     "Context",
+    "Effects",
     "Match",
     "Ops",
     "Pass",
@@ -17,7 +22,11 @@ __all__ = [
     "any_of",
     "arguments",
     "each",
+    "is_pure",
     "optional",
     "register",
     "registered",
+    "replace",
+    "same",
+    "same_strides",
 ]

@@ -12,6 +12,7 @@ from torch._ops import OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 
 from recompile.errors import RecompileError
+from recompile.rewrite.base import Refuse
 from recompile.rewrite.effects import Effects, autocast_at
 from recompile.rewrite.schema import op_name
 from recompile.torch_private.overloads import overload_for
@@ -44,6 +45,7 @@ class Builder:
 
         Raises:
             RecompileError: the operator does not take these arguments.
+            Refuse: a SymInt is no dimension of a tensor at hand.
         """
         tensors = list(_nodes((args, kwargs)))
         args, kwargs = self._sizes((args, kwargs), tensors)
@@ -99,7 +101,7 @@ class Builder:
             for i, other in enumerate(getattr(tensor.meta.get("val"), "shape", ())):
                 if isinstance(other, SYM) and expression(other) == expr:
                     return self.call(torch.ops.aten.sym_size.int, tensor, i)
-        raise RecompileError(f"no argument has a dimension of the size {expr}")
+        raise Refuse(f"no tensor at hand has a dimension of the size {expr}", self.before)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from recompile.torch_private.symbols import expression
 
 _ENTER: Any = torch.amp.autocast_mode._enter_autocast
 _EXIT: Any = torch.amp.autocast_mode._exit_autocast
+_INPUTS = ("placeholder", "get_attr")
 # These write to their running statistics, though their schema does not say so.
 _STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 
@@ -66,14 +67,15 @@ class Effects:
             self.learn(node)
             open_now = _switch(node, open_now)
             self._note(node)
-        self._held = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(n)}
+        self._held = {s for n in graph.nodes if n.op in _INPUTS for s in storages(n)}
+        self._output = graph.output_node()
         # The sizes that the graph's inputs are.
         self.sizes = {
             expression(n.meta["val"]): n
             for n in graph.nodes
             if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.SymInt)
         }
-        self._outputs = Counter(s for s in _memory_of_each(graph.output_node()))
+        self._outputs = Counter(s for s in _memory_of_each(self._output))
 
     def adopt(self, new: fx.Node, like: fx.Node) -> None:
         """Treat `new` as standing where `like` stands; `learn` it once its value is known."""
@@ -98,14 +100,19 @@ class Effects:
                 return self._by_order[places[at]]
         return None
 
-    def why_not_alias(self, old: fx.Node, new: fx.Node) -> str:
+    def why_not_alias(self, old: fx.Node, new: fx.Node, made: Sequence[fx.Node] = ()) -> str:
         """Why `new`, which shares memory with others than `old` does, must not take its place; "" if it may.
 
         A graph output that was fresh must not become an input or another output, nor the other way round,
         and a copy must stay one if either side is written in place.
+
+        Args:
+            made: the nodes that were made to replace `old`; what only they have is fresh.
         """
+        if self._output in old.users and (new.op in _INPUTS or self._output in new.users):
+            return f"{old.name} is a graph output, and so is {new.name} or it is an input"
         before, after = set(storages(old)), set(storages(new))
-        if before == after or not (self._shared(before, old) or self._shared(after, new)):
+        if before == after or not (self._shared(before, [old]) or self._shared(after, made)):
             return ""
         for storage in before | after:
             if storage in self._writes:
@@ -120,11 +127,12 @@ class Effects:
         return any(storage in self._writes for storage in storages(node))
 
     def _exposed(self, storage: int, old: fx.Node, after: set[int]) -> bool:
-        others = storage in self._held or (self._outputs[storage] > 1 and self._shared({storage}, old))
+        others = storage in self._held or (self._outputs[storage] > 1 and self._shared({storage}, [old]))
         return others or any(s in self._held or self._outputs[s] for s in after)
 
-    def _shared(self, found: Iterable[int], node: fx.Node) -> bool:
-        return any(self.owner.get(s, node) is not node for s in found)
+    def _shared(self, found: Iterable[int], by: Sequence[fx.Node]) -> bool:
+        """Whether the memory was there before the nodes `by`."""
+        return any(self.owner.get(s) not in by for s in found)
 
     def _note(self, node: fx.Node) -> None:
         """Remember what `node` does to those after it."""

@@ -31,7 +31,7 @@ def replace(old: tuple[fx.Node, ...], new: Any, builder: Builder) -> None:
             raise RecompileError(f"{builder.rule} gives no node for {was.name}", got=repr(now))
     now_of = {was: _like(was, now, builder) for was, now in pairs}
     for was, now in now_of.items():
-        if why := builder.effects.why_not_alias(was, now):
+        if why := builder.effects.why_not_alias(was, now, builder.made):
             raise Refuse(why, was)
     for was, now in now_of.items():
         _hand_over(was, now, builder)
@@ -58,7 +58,7 @@ def _like(old: fx.Node, new: fx.Node, builder: Builder) -> fx.Node:
             expected=f"{was.dtype} {list(was.shape)} on {was.device}",
             got=f"{now.dtype} {list(now.shape)} on {now.device} from {op_name(new.target)}",
         )
-    if _same_strides(was, now):
+    if same_strides(was, now):
         return new
     if not was.is_contiguous():
         raise Refuse(
@@ -67,7 +67,7 @@ def _like(old: fx.Node, new: fx.Node, builder: Builder) -> fx.Node:
     return builder.call(torch.ops.aten.contiguous.default, new)
 
 
-def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether both lie in memory alike; the stride of a dimension of size 1 does not matter."""
     sizes = zip(a.shape, a.stride(), b.stride(), strict=True)
     return all(same(size, 1) or same(x, y) for size, x, y in sizes)

@@ -54,7 +54,7 @@ def schema(op: OpOverload) -> tuple[Argument, ...]:
 def op_name(target: Any) -> str:
     """The name of an operator without namespace and overload, such as `sum`."""
     if isinstance(target, OpOverload):
-        return target.overloadpacket.__name__
+        return str(target.overloadpacket.__name__)
     return str(getattr(target, "__name__", target))
 
 
