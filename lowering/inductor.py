@@ -77,9 +77,7 @@ class CppRegion(ir.ExternKernel):
     def codegen(self, wrapper: Any) -> None:
         """Writes the kernel's definition and its call into the program."""
         args = KernelArgs()
-        operands = [
-            _operand(x, args, output=k >= self.n_inputs) for k, x in enumerate(self.inputs)
-        ]
+        operands = [_operand(x, args, output=k >= self.n_inputs) for k, x in enumerate(self.inputs)]
         functions, body = self.render(
             operands[: self.n_inputs], operands[self.n_inputs :], parallel_num_threads()
         )

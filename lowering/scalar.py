@@ -33,7 +33,7 @@ _KNOWN = {
 } | {"trunc": trunc}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def symbol(name: str) -> sympy.Symbol:
     """The real-valued symbol of this name (`x0`: the first load of a bag)."""
     return sympy.Symbol(name, real=True)

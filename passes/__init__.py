@@ -1,5 +1,5 @@
 """The rewrites, one per file. Importing this package registers them."""
 
-from . import canonicalize, fuse_lookups, pool_sequences
+from . import canonicalize, common_subexpressions, dead_code, fuse_lookups, pool_sequences
 
-__all__ = ["canonicalize", "fuse_lookups", "pool_sequences"]
+__all__ = ["canonicalize", "common_subexpressions", "dead_code", "fuse_lookups", "pool_sequences"]

@@ -75,7 +75,10 @@ def _id_step(node: fx.Node):  # type: ignore[no-untyped-def]
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
-    if not isinstance(source.meta.get("val"), torch.Tensor) or source.meta["val"].shape != node.meta["val"].shape:
+    if (
+        not isinstance(source.meta.get("val"), torch.Tensor)
+        or source.meta["val"].shape != node.meta["val"].shape
+    ):
         return None
     if node.target in (aten.to.dtype, aten._to_copy.default, aten._cast_Long.default):
         if _dtype(node) is not torch.int64 or _dtype(source) is torch.bool:
@@ -169,7 +172,10 @@ def _embedding_bag(node: fx.Node) -> Found:
         bag = replace(bag, keep=f"Ne(x0, {padding % rows})")  # type: ignore[operator]
     if isinstance(weights, fx.Node):
         if regular:
-            sources, bag = (ids, offsets), replace(bag, offsets=1, include_last_offset=bool(given["include_last_offset"]))
+            sources, bag = (
+                (ids, offsets),
+                replace(bag, offsets=1, include_last_offset=bool(given["include_last_offset"])),
+            )
         sources += (weights,)
         bag = replace(bag, loads=(0, len(sources) - 1), weight="x1")
     return Found(values[0], table, bag, sources)

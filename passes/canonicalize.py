@@ -25,6 +25,7 @@ from recompile.rewrite import (
     Pass,
     Refuse,
     arguments,
+    count_from_front,
     is_pure,
     register,
     replace,
@@ -44,6 +45,7 @@ class Canonicalize(Pass):
             ctx.rule(_name(spelling))
         effects = Effects(graph)
         for node in list(graph.nodes):
+            count_from_front(node)
             todo = [node]
             while todo:
                 todo += _respell(todo.pop(), effects, ctx)

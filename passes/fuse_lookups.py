@@ -46,7 +46,9 @@ class Group:
 
     members: list[Found]
     rows: dict[fx.Node, tuple[Part, ...]] = field(default_factory=dict)
-    sums: dict[fx.Node, tuple[str, fx.Node]] = field(default_factory=dict)  # the sum -> its kind, the rows summed
+    sums: dict[fx.Node, tuple[str, fx.Node]] = field(
+        default_factory=dict
+    )  # the sum -> its kind, the rows summed
 
 
 @register
@@ -189,7 +191,12 @@ def _written(group: Group) -> fx.Node | None:
 
 def _rewrite(graph: fx.Graph, group: Group, segment: dict[fx.Node, int]) -> None:
     """Puts the op in, and hands its outputs to the users."""
-    squares = {s for total, (kind, _) in group.sums.items() if kind == "sum_of_squares" for s in total.all_input_nodes}
+    squares = {
+        s
+        for total, (kind, _) in group.sums.items()
+        if kind == "sum_of_squares"
+        for s in total.all_input_nodes
+    }
     wanted = [
         rows
         for rows in group.rows
@@ -210,8 +217,12 @@ def _rewrite(graph: fx.Graph, group: Group, segment: dict[fx.Node, int]) -> None
         segment[node] = here
         return node
 
-    flat = [x if x.meta["val"].dim() <= 2 or k not in places.copies else call(aten.reshape.default, x, [-1, _per_sample(x)])
-            for k, x in enumerate(sources)]
+    flat = [
+        x
+        if x.meta["val"].dim() <= 2 or k not in places.copies
+        else call(aten.reshape.default, x, [-1, _per_sample(x)])
+        for k, x in enumerate(sources)
+    ]
     op = call(torch.ops.recompile.lookup.default, tables, flat, str(spec))
     outs: dict[int, fx.Node] = {}
     for node, k in places.outputs:

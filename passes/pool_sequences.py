@@ -18,9 +18,9 @@ import sympy
 import torch
 from torch import fx
 
+from recompile.graph.order import erase
 from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, Output, Table
-from recompile.graph.order import erase
 from recompile.rewrite import Context, Pass, Refuse, register
 
 from .bags import check_table, ids_of, table_name
@@ -35,7 +35,12 @@ _COMPARE = {
     aten.lt.Scalar: sympy.Lt,
     aten.le.Scalar: sympy.Le,
 }
-_COMPARE_TENSORS = {aten.lt.Tensor: sympy.Lt, aten.le.Tensor: sympy.Le, aten.gt.Tensor: sympy.Gt, aten.ge.Tensor: sympy.Ge}
+_COMPARE_TENSORS = {
+    aten.lt.Tensor: sympy.Lt,
+    aten.le.Tensor: sympy.Le,
+    aten.gt.Tensor: sympy.Gt,
+    aten.ge.Tensor: sympy.Ge,
+}
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.to.other)
 
 
@@ -176,7 +181,9 @@ def _rewrite(node: fx.Node, pooled: Pooled) -> None:
         divisor=divisor,
         frozen_row=int(padding),  # type: ignore[arg-type]
     )
-    spec = Lookup((Table(table_name(table), int(table.meta["val"].shape[1])),), (bag,), (Output("concat", (0,)),))
+    spec = Lookup(
+        (Table(table_name(table), int(table.meta["val"].shape[1])),), (bag,), (Output("concat", (0,)),)
+    )
     op = emit(root, torch.ops.recompile.lookup.default, [table], loads.nodes, str(spec))
     new = emit(root, operator.getitem, op, 0)
     shape = root.meta["val"].shape

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from recompile.rewrite import same, same_strides
+from recompile.rewrite import arguments, same, same_strides
+from recompile.rewrite.effects import storages
 
 aten = torch.ops.aten
 Make = Callable[..., fx.Node]
@@ -129,10 +130,11 @@ def cat_from_concat(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node
 @spelling(aten.cat)
 def flatten_cat(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
     """`cat([cat([a, b], d), c], d)` is `cat([a, b, c], d)`, where nobody else uses the inner one."""
-    dim, new, dtype = given["dim"], [], node.meta["val"].dtype
+    dim, dtype = given["dim"], node.meta["val"].dtype
+    new: list[fx.Node] = []
     for x in given["tensors"]:
         inner = x.target is aten.cat.default and len(x.users) == 1 and _dim(x) == dim
-        new += x.args[0] if inner and _val(x).dtype == dtype else [x]
+        new += arguments(x)["tensors"] if inner and _val(x).dtype == dtype else [x]
     return make(aten.cat.default, new, dim) if len(new) > len(given["tensors"]) else None
 
 
@@ -145,7 +147,7 @@ def permute_from_transpose(node: fx.Node, given: dict[str, Any], make: Make) -> 
         return None
     if node.target is aten.numpy_T.default:
         return make(aten.permute.default, source, order[::-1])
-    a, b = (node.args[1:3] if len(node.args) == 3 else (-2, -1))
+    a, b = node.args[1:3] if len(node.args) == 3 else (-2, -1)
     order[a], order[b] = order[b], order[a]  # type: ignore[index]
     return make(aten.permute.default, source, order)
 
@@ -185,7 +187,7 @@ def drop_squeeze_unsqueeze(node: fx.Node, given: dict[str, Any], make: Make) -> 
 def view_from_reshape(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
     """`reshape`, `flatten` and `unflatten` are `view` where they copy nothing."""
     source, new = node.args[0], node.meta["val"]
-    if _memory(_val(source)) != _memory(new):
+    if set(storages(source)) != set(storages(node)):
         return None
     if node.target is aten.reshape.default:
         return make(aten.view.default, source, given["shape"])
@@ -250,11 +252,5 @@ def _val(node: Any) -> Tensor:
 
 def _dim(node: fx.Node) -> int:
     """The argument `dim` of a node, from the front."""
-    from recompile.rewrite import arguments
-
     dim: int = arguments(node)["dim"]
     return dim
-
-
-def _memory(value: Tensor) -> int:
-    return value.untyped_storage()._cdata

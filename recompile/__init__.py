@@ -5,8 +5,19 @@ happened and for writing passes.
 """
 
 from .errors import RecompileError
+from .explain import explain
 from .options import Options
 from .report import Report, last_report
 from .rewrite import Context, Pass, Refuse, register
 
-__all__ = ["Context", "Options", "Pass", "RecompileError", "Refuse", "Report", "last_report", "register"]
+__all__ = [
+    "Context",
+    "Options",
+    "Pass",
+    "RecompileError",
+    "Refuse",
+    "Report",
+    "explain",
+    "last_report",
+    "register",
+]

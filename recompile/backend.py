@@ -69,13 +69,13 @@ def _optimize(gm: fx.GraphModule, options: Options, record: GraphRecord) -> fx.G
     return captured.gm
 
 
-def _fall_back(
-    gm: fx.GraphModule, options: Options, record: GraphRecord, why: Refusal
-) -> fx.GraphModule:
+def _fall_back(gm: fx.GraphModule, options: Options, record: GraphRecord, why: Refusal) -> fx.GraphModule:
     record.fallback, record.nodes_after = why, record.nodes_before
     if options.strict:
         raise StrictError("a graph fell back to plain Inductor", got=why.why, where=why.line)
-    warnings.warn(f"recompile: a graph is compiled by plain Inductor: {why.why} {why.line}".rstrip(), stacklevel=2)
+    warnings.warn(
+        f"recompile: a graph is compiled by plain Inductor: {why.why} {why.line}".rstrip(), stacklevel=2
+    )
     return gm
 
 
@@ -101,7 +101,9 @@ def _naming_bad_ids(compiled: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError as error:
             if not str(error).startswith("recompile: index out of range"):
                 raise
-            raise IndexOutOfRange(str(error), try_="check the ids against the table's num_embeddings") from error
+            raise IndexOutOfRange(
+                str(error), try_="check the ids against the table's num_embeddings"
+            ) from error
 
     if getattr(compiled, "_boxed_call", False):
         call._boxed_call = True  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Fair timing of several callables, and peak memory of a child process.
 
-Machines drift (other jobs, clock speed, caches), so the callables are interleaved: each round runs every one of
-them once, in an order that rotates. Two ratios come out: of the medians, and the median of the per-round ratios;
-where they disagree the machine was not quiet.
+Machines drift (other jobs, clock speed, caches), so the callables are interleaved: each round runs every one
+of them once, in an order that rotates. Two ratios come out: of the medians, and the median of the per-round
+ratios; where they disagree the machine was not quiet.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def interleave(
 ) -> Comparison:
     """Time `calls` against each other for about `seconds`, and for at least `min_rounds` rounds.
 
-    `sync` (such as `torch.cuda.synchronize`) is called before the clock is read. Raises ValueError without calls.
+    `sync` (such as `torch.cuda.synchronize`) is called before the clock is read.
+
+    Raises:
+        ValueError: there is nothing to time.
     """
     if not calls:
         raise ValueError("interleave: expected at least one callable, got none")
@@ -85,10 +88,12 @@ def interleave(
 
 
 def peak_memory_mib(*argv: str) -> float:
-    """Peak resident memory, in MiB, of a fresh `python argv...` that prints `own_peak_mib()` as its last line.
+    """Peak resident memory, in MiB, of a fresh `python argv...` that prints `own_peak_mib()` last.
 
-    Compiler processes that the child starts are not counted. Raises RuntimeError with the child's error output
-    when it fails.
+    Compiler processes that the child starts are not counted.
+
+    Raises:
+        RuntimeError: the child failed; the text is its error output.
     """
     child = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
     if child.returncode:

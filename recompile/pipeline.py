@@ -55,9 +55,7 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphRecord) -> Non
         entry.ms = (time.perf_counter() - start) * 1e3
 
 
-def _restore(
-    gm: fx.GraphModule, saved: fx.Graph, output: object, copied: dict[fx.Node, fx.Node]
-) -> None:
+def _restore(gm: fx.GraphModule, saved: fx.Graph, output: object, copied: dict[fx.Node, fx.Node]) -> None:
     """Puts the copy of the graph back, with its output node's metadata."""
     saved.output(output)
     for old, new in copied.items():
@@ -70,7 +68,9 @@ def _signature(graph: fx.Graph) -> list[object]:
     found: list[object] = []
     for node in graph.output_node().all_input_nodes:
         val = node.meta.get("val")
-        found.append((tuple(val.shape), val.dtype, val.device) if isinstance(val, torch.Tensor) else type(val))
+        found.append(
+            (tuple(val.shape), val.dtype, val.device) if isinstance(val, torch.Tensor) else type(val)
+        )
     return found
 
 
@@ -134,6 +134,8 @@ def _settings(cls: type[Pass], text: str) -> dict[str, object]:
             values[key.replace("-", "_")] = value == "true" if kinds[key] is bool else kinds[key](value)
         except ValueError as error:
             raise OptionError(
-                f"setting {key!r} of pass {cls.name()} has the wrong type", expected=kinds[key].__name__, got=value
+                f"setting {key!r} of pass {cls.name()} has the wrong type",
+                expected=kinds[key].__name__,
+                got=value,
             ) from error
     return values

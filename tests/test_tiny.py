@@ -39,7 +39,9 @@ def test_one_line_and_the_same_numbers():
         torch.testing.assert_close(torch.autograd.grad(actual.sum(), list(model.parameters())), grads)
     graph = last_report().graphs[0]
     assert graph.fallback is None
-    assert [r.summary for r in graph.regions] == ["12 bags over 12 tables -> concat, sum, sum, sum_of_squares"]
+    assert [r.summary for r in graph.regions] == [
+        "12 bags over 12 tables -> concat, sum, sum, sum_of_squares"
+    ]
 
 
 def test_an_id_outside_its_table_is_named():

@@ -145,7 +145,9 @@ def _prefetch(shape: Shape) -> str:
     bounds = "const int64_t from = 0, to = bag.length;"
     if shape.offsets:
         bounds = "const int64_t from = bag.offsets[ahead], to = ahead + 1 < bag.bounds ? int64_t(bag.offsets[ahead + 1]) : bag.ids;"
-    start, stop = ("from", "to") if not shape.offsets else ("std::max<int64_t>(from, 0)", "std::min(to, bag.ids)")
+    start, stop = (
+        ("from", "to") if not shape.offsets else ("std::max<int64_t>(from, 0)", "std::min(to, bag.ids)")
+    )
     size = {"float": 4, "double": 8}.get(shape.table, 2)
     return f"""
     if (const int64_t ahead = b + bag_ahead; ahead < end) {{
@@ -173,7 +175,9 @@ def count(shape: Shape) -> str:
     each = shape.bag.count or "1"
     total = ""
     if "nonzero" in each:
-        total = f"{shape.acc} total = 0; for (int64_t d = 0; d < {shape.dim}; ++d) total += {shape.acc}(r[d]);"
+        total = (
+            f"{shape.acc} total = 0; for (int64_t d = 0; d < {shape.dim}; ++d) total += {shape.acc}(r[d]);"
+        )
         total += f" const {shape.acc} nonzero = total != 0;"
     return f"{total} count += {shape.acc}({expression(each)});"
 
@@ -225,7 +229,9 @@ def _worth_prefetch(shape: Shape) -> bool:
 
 def _ahead(shape: Shape) -> str:
     """How many samples ahead rows are fetched: about 16 rows, as far as a core has requests in flight."""
-    length = "std::max<int64_t>(bag.ids / std::max<int64_t>(bag.bounds, 1), 1)" if shape.offsets else "bag.length"
+    length = (
+        "std::max<int64_t>(bag.ids / std::max<int64_t>(bag.bounds, 1), 1)" if shape.offsets else "bag.length"
+    )
     return f"const int64_t bag_ahead = std::max<int64_t>(1, 16 / std::max<int64_t>({length}, 1));"
 
 
@@ -266,14 +272,19 @@ def forward(
         name = f"class{c}"
         functions.append(_forward(name, shape))
         rows = [
-            bag_values(j, spec.bags[j], weights[spec.bags[j].table], sources) + [places[j].pointer, places[j].stride]
+            bag_values(j, spec.bags[j], weights[spec.bags[j].table], sources)
+            + [places[j].pointer, places[j].stride]
             for j in members
         ]
         listed = ",\n    ".join("{" + ", ".join(r) + "}" for r in rows)
         tables.append(f"const {name}_bag bags{c}[] = {{\n    {listed}}};")
-        calls.append(f"if (j < {start + len(members)}) {{ {name}(bags{c}[j - {start}], begin, end, bad); continue; }}")
+        calls.append(
+            f"if (j < {start + len(members)}) {{ {name}(bags{c}[j - {start}], begin, end, bad); continue; }}"
+        )
         start += len(members)
-        row_bytes.append(f"{len(members)} * {shape.dim} * int64_t(sizeof({shape.table})) * {_length(spec, members, sources)}")
+        row_bytes.append(
+            f"{len(members)} * {shape.dim} * int64_t(sizeof({shape.table})) * {_length(spec, members, sources)}"
+        )
     newline = "\n  "
     body = f"""
   constexpr int64_t BAGS = {len(spec.bags)};
@@ -291,7 +302,9 @@ def forward(
   {_second_phase(spec, sources, outs, places, columns, threads)}
   {_throw(spec)}"""
     head = f"constexpr int64_t BAGS = {len(spec.bags)};\n"
-    return head + HELPERS + "".join(functions), body.replace(f"  constexpr int64_t BAGS = {len(spec.bags)};\n", "", 1)
+    return head + HELPERS + "".join(functions), body.replace(
+        f"  constexpr int64_t BAGS = {len(spec.bags)};\n", "", 1
+    )
 
 
 def _length(spec: Lookup, members: list[int], sources: Sequence[Operand]) -> str:
@@ -367,7 +380,12 @@ def _second_phase(
                 + ",\n    ".join(entries)
                 + "};"
             )
-            steps.append((o, f"for (const auto& piece : {name}) {{ const {ctype}* from = piece.from + b * piece.stride; {step} }}"))
+            steps.append(
+                (
+                    o,
+                    f"for (const auto& piece : {name}) {{ const {ctype}* from = piece.from + b * piece.stride; {step} }}",
+                )
+            )
     if not steps:
         return ""
     lines = []
@@ -378,7 +396,9 @@ def _second_phase(
             continue
         acc = "double" if outs[o].ctype == "double" else "float"
         lines += [f"{{ {acc} sum[{out.width}] = {{}};", *mine]
-        lines += [f"for (int64_t d = 0; d < {out.width}; ++d) ({outs[o].pointer})[b * {outs[o].strides[0]} + d] = sum[d]; }}"]
+        lines += [
+            f"for (int64_t d = 0; d < {out.width}; ++d) ({outs[o].pointer})[b * {outs[o].strides[0]} + d] = sum[d]; }}"
+        ]
     newline = "\n    "
     return f"""{(newline[:-2]).join(tables)}
   #pragma omp parallel for num_threads({threads}) schedule(static) if (parallel)

@@ -57,7 +57,9 @@ def backward(
         for k, j in enumerate(members):
             bag = spec.bags[j]
             where[j] = f"{{class{c}, &bags{c}[{k}]}}"
-            entries.append("{" + ", ".join(_values(j, bag, weights, sources, gathers[j], rows, weighted)) + "}")
+            entries.append(
+                "{" + ", ".join(_values(j, bag, weights, sources, gathers[j], rows, weighted)) + "}"
+            )
         tables.append(f"const class{c}_bag bags{c}[] = {{\n    " + ",\n    ".join(entries) + "};")
     body = _body(by_table, where, tables, rows, weighted, weights, _batch(spec, sources), threads)
     return f"constexpr int64_t BAGS = {len(spec.bags)};\n{HELPERS}" + "".join(functions), body
@@ -237,11 +239,15 @@ def _body(
         grad = rows.get(t)
         dim, size = weights[t].sizes[1], f"sizeof({weights[t].ctype})"
         pointer = f"reinterpret_cast<char*>({grad.pointer})" if grad else "nullptr"
-        owners.append(f"{{{pointer}, {weights[t].sizes[0]}, int64_t({dim} * {size}), {start}, {start + len(bags)}}}")
+        owners.append(
+            f"{{{pointer}, {weights[t].sizes[0]}, int64_t({dim} * {size}), {start}, {start + len(bags)}}}"
+        )
         start += len(bags)
     untouched = [t for t in rows if t not in by_table]
-    zeros = [f"std::memset({g.pointer}, 0, {' * '.join(('sizeof(' + g.ctype + ')', *g.sizes))});" for g in
-             [*weighted.values(), *(rows[t] for t in untouched)]]
+    zeros = [
+        f"std::memset({g.pointer}, 0, {' * '.join(('sizeof(' + g.ctype + ')', *g.sizes))});"
+        for g in [*weighted.values(), *(rows[t] for t in untouched)]
+    ]
     newline = "\n  "
     if not owners:
         return newline + newline.join(zeros)

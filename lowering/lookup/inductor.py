@@ -17,7 +17,11 @@ def _lookup(weights: list[Any], sources: list[Any], spec: str) -> list[Any]:
     device = weights[0].get_device()
     size = _batch(group, sources)
     outs = [
-        empty([size, out.width or sum(_width(p, group, sources) for p in out.parts)], _dtype(out, group, weights, sources), device)
+        empty(
+            [size, out.width or sum(_width(p, group, sources) for p in out.parts)],
+            _dtype(out, group, weights, sources),
+            device,
+        )
         for out in group.outputs
     ]
 
@@ -65,7 +69,9 @@ def _width(part: int, group: Lookup, sources: list[Any]) -> Any:
 
 
 def _dtype(out: Any, group: Lookup, weights: list[Any], sources: list[Any]) -> torch.dtype:
-    found = [weights[group.bags[p].table].get_dtype() if p >= 0 else sources[~p].get_dtype() for p in out.parts]
+    found = [
+        weights[group.bags[p].table].get_dtype() if p >= 0 else sources[~p].get_dtype() for p in out.parts
+    ]
     result = found[0]
     for dtype in found[1:]:
         result = torch.promote_types(result, dtype)

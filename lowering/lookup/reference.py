@@ -94,7 +94,11 @@ class _Positions:
 
     def weight(self) -> Tensor:
         accumulate = torch.float64 if self.rows.dtype == torch.float64 else torch.float32
-        w = self._eval(self.bag.weight).to(accumulate) if self.bag.weight else torch.ones((), dtype=accumulate)
+        w = (
+            self._eval(self.bag.weight).to(accumulate)
+            if self.bag.weight
+            else torch.ones((), dtype=accumulate)
+        )
         return w.expand(self.sample.shape) * self.keep
 
     def divisor(self) -> Tensor | None:
@@ -103,7 +107,9 @@ class _Positions:
         weight = self.weight()
         self.env["nonzero"] = (self.rows.sum(-1) != 0).to(weight.dtype)
         each = self._eval(self.bag.count or "1").to(weight.dtype) * self.keep
-        length = self.env["L"][:1] if self.bag.offsets < 0 else torch.bincount(self.sample, minlength=self.batch)
+        length = (
+            self.env["L"][:1] if self.bag.offsets < 0 else torch.bincount(self.sample, minlength=self.batch)
+        )
         env = {"count": self._per_sample(each), "L": length.expand(self.batch)}
         value = torch.as_tensor(scalar.evaluate(scalar.parse(self.bag.divisor), env))
         return value.to(weight.dtype).expand(self.batch)

@@ -69,7 +69,13 @@ def erase(node: fx.Node) -> None:
     todo = [node]
     while todo:
         dead = todo.pop()
-        if dead.users or dead._erased or dead.op in ("placeholder", "output") or is_wall(dead) or is_random(dead):
+        if (
+            dead.users
+            or dead._erased
+            or dead.op in ("placeholder", "output")
+            or is_wall(dead)
+            or is_random(dead)
+        ):
             continue
         todo += dead.all_input_nodes
         dead.graph.erase_node(dead)

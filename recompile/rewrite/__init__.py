@@ -7,7 +7,7 @@ from .pattern import Ops, Pattern, any_of, each, optional
 from .registry import register, registered
 from .replace import replace, same_strides
 from .rule import Match, Rule
-from .schema import arguments, same
+from .schema import arguments, count_from_front, same
 
 __all__ = [
     "Builder",
@@ -21,6 +21,7 @@ __all__ = [
     "Rule",
     "any_of",
     "arguments",
+    "count_from_front",
     "each",
     "is_pure",
     "optional",

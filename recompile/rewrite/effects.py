@@ -33,7 +33,16 @@ def updates_statistics(node: fx.Node) -> bool:
 
 def is_pure(node: fx.Node) -> bool:
     """Whether `node` may be computed again, once less, or elsewhere: no effect, no random numbers."""
-    return not (is_wall(node) or is_random(node) or updates_statistics(node))
+    return not (is_wall(node) or draws(node) or updates_statistics(node))
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether `node` draws random numbers: dropout outside training does not."""
+    if not is_random(node):
+        return False
+    given = arguments(node)
+    switched_off = [given.get("train"), given.get("training")].count(False)
+    return not switched_off and given.get("dropout_p") != 0.0
 
 
 def storages(value: Any) -> Iterator[int]:

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from recompile.graph.walls import is_random, is_wall
-from recompile.rewrite.effects import Effects, updates_statistics
+from recompile.graph.walls import is_wall
+from recompile.rewrite.effects import Effects, draws, updates_statistics
 from recompile.rewrite.pattern import AnyOf, Anything, Const, Each, Operator, Pattern, Var, inside, names
 from recompile.rewrite.schema import (
     REQUIRED,
@@ -189,7 +189,7 @@ class Matcher:
         """Why `node` cannot be computed at another place, if that is so."""
         if is_wall(node) or updates_statistics(node):
             return f"{node.name} writes to a tensor or has another effect"
-        if is_random(node):
+        if draws(node):
             return f"{node.name} draws random numbers"
         wall = self.effects.between(node, self.root)
         return None if wall is None else f"{wall.name} stands between {node.name} and {self.root.name}"

@@ -98,6 +98,18 @@ def normal(node: fx.Node, arg: Argument, value: Any) -> Any:
     return value
 
 
+def count_from_front(node: fx.Node) -> None:
+    """Write the dimensions among the arguments of `node` from the front: `sum(x, [-1])` as `sum(x, [2])`."""
+    op = node.target
+    if not isinstance(op, OpOverload) or op.namespace != "aten":
+        return
+    for place, arg in enumerate(schema(op)):
+        if arg.name in _DIMS and place < len(node.args):
+            node.update_arg(place, normal(node, arg, node.args[place]))
+        elif arg.name in _DIMS and arg.name in node.kwargs:
+            node.update_kwarg(arg.name, normal(node, arg, node.kwargs[arg.name]))
+
+
 def _rank(node: fx.Node) -> int:
     """How many dimensions the `dim` of this operator counts; 0 if that is unknown, which changes nothing."""
     first = node.args[0] if node.args else None

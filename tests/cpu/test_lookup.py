@@ -82,7 +82,10 @@ def groups(draw):
     """A group of bags over shared and own tables, of random widths, lengths, poolings and masks."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     batch = draw(st.sampled_from([1, 2, 7, 33]))
-    tables = [(draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 16, 25]))) for _ in range(draw(st.integers(1, 3)))]
+    tables = [
+        (draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 16, 25])))
+        for _ in range(draw(st.integers(1, 3)))
+    ]
     sources, bags = [], []
     for _ in range(draw(st.integers(1, 4))):
         t = draw(st.integers(0, len(tables) - 1))
@@ -94,7 +97,18 @@ def groups(draw):
             lengths = torch.randint(0, 4, (batch,), generator=generator)
             ids = torch.randint(0, rows, (int(lengths.sum()),), generator=generator)
             sources += [ids, F.pad(lengths.cumsum(0), (1, 0))]
-            bags.append(Bag(t, (first,), "sum", "x0", keep, divisor=divisor, offsets=first + 1, include_last_offset=True))
+            bags.append(
+                Bag(
+                    t,
+                    (first,),
+                    "sum",
+                    "x0",
+                    keep,
+                    divisor=divisor,
+                    offsets=first + 1,
+                    include_last_offset=True,
+                )
+            )
         elif pooling == "none":
             sources.append(torch.randint(0, rows, (batch, 2), generator=generator)[:, 1])
             bags.append(Bag(t, (first,)))

@@ -199,5 +199,9 @@ def test_a_lookup_that_depends_on_another_is_a_group_of_its_own():
 
 
 def test_passes_can_be_switched_off():
-    graph = run(Ids(IDS["column"]), lambda b: (torch.randint(0, 20, (b, 3)),), options={"passes": "default,-fuse-lookups"})
+    graph = run(
+        Ids(IDS["column"]),
+        lambda b: (torch.randint(0, 20, (b, 3)),),
+        options={"passes": "default,-fuse-lookups"},
+    )
     assert not graph.regions
