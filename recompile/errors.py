@@ -1,4 +1,4 @@
-"""Every error that a user can meet: what happened, what was expected, what was given, where, and what to try."""
+"""Every error that a user can meet: what is wrong, what was expected, what was found, where, what to try."""
 
 from __future__ import annotations
 
@@ -61,10 +61,11 @@ class IndexOutOfRange(RecompileError, IndexError, RuntimeError):
 
 
 def unknown(kind: str, name: object, allowed: Iterable[str]) -> OptionError:
-    """The error for a name that is not one of `allowed`: it names the nearest one and lists them all."""
+    """The error for a name that is not one of `allowed`: it names the nearest one and lists them, if few."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    listed = names if len(names) <= 40 else near  # Inductor has some 400 settings
     return OptionError(
         f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-        expected="one of " + ", ".join(names) if names else "nothing here",
+        expected="one of " + ", ".join(listed) if listed else "",
     )

@@ -23,7 +23,7 @@ VERSION = 1  # of the record; raised when a field changes its meaning or goes aw
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something did not happen: a sentence, the node, and the user's line (`user_line`, "" if unknown)."""
+    """Why something did not happen: a sentence, the node, and the user's line ("" where unknown)."""
 
     why: str
     node: str = ""

@@ -60,7 +60,7 @@ def _what(record: PassRecord) -> Iterator[str]:
         yield "undone, it failed: " + record.error.splitlines()[0]
     for rule in record.rules:
         name = "" if rule.name == record.name else f"{rule.name} "
-        yield f"{name}fired {_times(rule)}, refused {len(rule.refused)} of {rule.tried} tried"
+        yield f"{name}fired {_times(rule)}, tried {rule.tried}, refused {len(rule.refused)}"
     if not record.error and not record.rules:
         yield "nothing to do" if record.nodes_before == record.nodes_after else "changed the graph"
 
