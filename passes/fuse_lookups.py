@@ -12,6 +12,7 @@ their squares (a factorization machine's two terms), become outputs of their own
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from torch import fx
 
 from recompile.graph.order import depths, erase, segments, sort
 from recompile.graph.walls import is_wall
-from recompile.lowering.lookup import Lookup, Output, Table
+from recompile.lowering.lookup import Bag, Lookup, Output, Table
 from recompile.rewrite import Context, Pass, Refuse, register
 
 from .bags import Found, find, table_name
@@ -154,10 +155,7 @@ def _add_sum(group: Group, user: fx.Node, rows: fx.Node, here: int, segment: dic
         kind, total = "sum_of_squares", next(iter(user.users))
     if segment.get(total) != here or not _sums_fields(total, rows):
         return
-    shape = rows.meta["val"].shape
-    width = 1
-    for s in shape[2:]:
-        width *= s
+    width = _summed_width(total, rows)
     for part in group.rows[rows]:
         if isinstance(part, fx.Node) or part.table.meta["val"].shape[1] % width:
             return
@@ -175,13 +173,20 @@ def _is_square(node: fx.Node) -> bool:
 
 
 def _sums_fields(node: fx.Node, rows: fx.Node) -> bool:
-    """Whether `node` sums dim 1 of `[B, F, ...]`, in the dtype of its input."""
+    """Whether `node` sums dim F of `[B, 1, ..., F, ...]`, in the dtype of its input."""
     if node.target is not aten.sum.dim_IntList or node.kwargs.get("dtype") is not None:
         return False
     val, dims = rows.meta["val"], node.args[1]
     if val.dim() < 2 or len(dims) != 1 or not all(isinstance(s, int) for s in val.shape[1:]):  # type: ignore[arg-type]
         return False
-    return dims[0] % val.dim() == 1 and node.meta["val"].dtype == val.dtype  # type: ignore[index,operator]
+    dim = dims[0] % val.dim()  # type: ignore[index,operator]
+    return dim >= 1 and all(s == 1 for s in val.shape[1:dim]) and node.meta["val"].dtype == val.dtype
+
+
+def _summed_width(node: fx.Node, rows: fx.Node) -> int:
+    """Columns of a sample of the sum."""
+    val = rows.meta["val"]
+    return math.prod(val.shape[node.args[1][0] % val.dim() + 1 :])  # type: ignore[index,operator]
 
 
 def _written(group: Group) -> fx.Node | None:
@@ -240,10 +245,7 @@ def _rewrite(graph: fx.Graph, group: Group, segment: dict[fx.Node, int]) -> None
 
 
 def _per_sample(x: fx.Node) -> int:
-    size = 1
-    for s in x.meta["val"].shape[1:]:
-        size *= s
-    return size
+    return math.prod(x.meta["val"].shape[1:])
 
 
 @dataclass
@@ -257,13 +259,14 @@ class Places:
 def _spec(group: Group, wanted: Sequence[fx.Node]) -> tuple[Lookup, list[fx.Node], list[fx.Node], Places]:
     tables: dict[fx.Node, int] = {}
     sources: dict[fx.Node, int] = {}
-    bags = []
+    bags: dict[Bag, int] = {}  # equal bags are read once
+    number = {}
     for f in group.members:
         at = [sources.setdefault(s, len(sources)) for s in f.sources]
         offsets = at[f.bag.offsets] if f.bag.offsets >= 0 else -1
         table = tables.setdefault(f.table, len(tables))
-        bags.append(replace(f.bag, table=table, loads=tuple(at[k] for k in f.bag.loads), offsets=offsets))
-    number = {id(f): j for j, f in enumerate(group.members)}
+        bag = replace(f.bag, table=table, loads=tuple(at[k] for k in f.bag.loads), offsets=offsets)
+        number[id(f)] = bags.setdefault(bag, len(bags))
     copies: set[int] = set()
 
     def part(p: Part) -> int:
@@ -278,11 +281,7 @@ def _spec(group: Group, wanted: Sequence[fx.Node]) -> tuple[Lookup, list[fx.Node
         out = Output("concat", tuple(part(p) for p in group.rows[rows]))
         places.append((rows, outputs.setdefault(out, len(outputs))))
     for total, (kind, rows) in group.sums.items():
-        shape = rows.meta["val"].shape
-        width = 1
-        for s in shape[2:]:
-            width *= s
-        out = Output(kind, tuple(part(p) for p in group.rows[rows]), width)
+        out = Output(kind, tuple(part(p) for p in group.rows[rows]), _summed_width(total, rows))
         places.append((total, outputs.setdefault(out, len(outputs))))
     named = tuple(Table(table_name(t), int(t.meta["val"].shape[1])) for t in tables)
     return Lookup(named, tuple(bags), tuple(outputs)), list(tables), list(sources), Places(places, copies)

@@ -215,14 +215,16 @@ def _division(
     node: fx.Node, keep: sympy.Basic, loads: _Loads, length: object, weight: str
 ) -> tuple[str, fx.Node]:
     """(divisor, the node that divides) where the sum's only user divides it by the number of kept positions."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or weight or user.target is not aten.div.Tensor or user.args[0] is not node:
+    total, user = node, next(iter(node.users)) if len(node.users) == 1 else None
+    if user is not None and user.target is aten.squeeze.dim and len(user.users) == 1:
+        total, user = user, next(iter(user.users))
+    if user is None or weight or user.target is not aten.div.Tensor or user.args[0] is not total:
         return "", node
     divisor = user.args[1]
     if not isinstance(divisor, fx.Node):
         return "", node
     expr = _count(divisor, keep, loads, length)
-    if expr is None or user.meta["val"].shape != node.meta["val"].shape:
+    if expr is None or user.meta["val"].shape != total.meta["val"].shape:
         return "", node
     return str(expr), user
 
