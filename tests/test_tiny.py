@@ -43,8 +43,6 @@ def test_one_line_and_the_same_numbers():
     assert region.summary.startswith("12 bags over 12 tables -> ")
     wanted = sorted(region.summary.split(" -> ")[1].split(", "))
     assert wanted == ["concat", "sum", "sum", "sum_of_squares"]
-        "12 bags over 12 tables -> concat, sum, sum, sum_of_squares"
-    ]
 
 
 def test_an_id_outside_its_table_is_named():
