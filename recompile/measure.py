@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import resource
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -103,6 +105,10 @@ def peak_memory_mib(*argv: str) -> float:
 
 def own_peak_mib() -> float:
     """Peak resident memory of this process so far, in MiB."""
+    if sys.platform == "linux":
+        # ru_maxrss survives exec: a child would report at least its parent's size. VmHWM starts anew.
+        status = Path("/proc/self/status").read_text()
+        return float(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10  # type: ignore[index]
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
