@@ -1,33 +1,32 @@
-"""The command line: `recompile explain | bench package.module:function`."""
+"""The command line: `recompile demo`, `zoo`, and `explain` or `bench` for a model of your own."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from torch import nn
 
 from .errors import RecompileError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="recompile", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for name, run in (("explain", _explain), ("bench", _bench)):
-        command = commands.add_parser(name)
-        command.add_argument("target", help="package.module:function, which returns (model, example_inputs)")
-        command.add_argument("--json", action="store_true", help="machine-readable output")
-        command.set_defaults(run=run)
-        if name == "bench":
-            command.add_argument("--against", default="inductor,eager", help="what to compare with")
-            command.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
-    args = parser.parse_args(argv)
+    """Runs one command.
+
+    Returns:
+        The exit status: 0, 1 where a check failed, 2 where the command could not run.
+    """
+    args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
     except RecompileError as error:
@@ -35,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def load(target: str) -> tuple[torch.nn.Module, tuple[Any, ...]]:
-    """The model and inputs that a target names.
+def load(target: str) -> Callable[..., Any]:
+    """The function that a target names; it returns a model and example inputs, and may take `batch`.
 
     Raises:
         RecompileError: the target is not `package.module:function`, or cannot be imported.
@@ -46,19 +45,69 @@ def load(target: str) -> tuple[torch.nn.Module, tuple[Any, ...]]:
         raise RecompileError("not a target", expected="package.module:function", got=target)
     sys.path.insert(0, "")
     try:
-        build = getattr(importlib.import_module(module), function)
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise RecompileError(
             "the target cannot be loaded", expected="package.module:function", got=str(error)
         ) from error
-    model, inputs = build()
-    return model, tuple(inputs)
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="recompile", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    demo = commands.add_parser("demo", help="five real models against Inductor")
+    demo.add_argument("--out", type=Path, default=Path("out"), help="folder for demo.json and demo.txt")
+    demo.add_argument("--scale", type=float, default=1.0, help="factor on the rows of every table")
+    demo.add_argument("--batch", type=_numbers, default=(1, 64, 512, 2048), help="batch sizes: 1,64")
+    demo.add_argument("--seconds", type=float, default=2.0, help="of measuring per row")
+    demo.set_defaults(run=_demo)
+    zoo = commands.add_parser("zoo", help="every model of the zoo against eager")
+    zoo.add_argument("--only", type=_words, default=(), help="parts of names: rechub.DeepFM,DIN")
+    zoo.add_argument("--batches", type=_numbers, default=(2, 7, 64), help="batch sizes: 2,7,64")
+    zoo.add_argument("--scale", type=float, default=0.01, help="factor on the rows of every table")
+    zoo.set_defaults(run=_zoo)
+    explain = _target(commands.add_parser("explain", help="what was rewritten, what was not, and why"))
+    explain.set_defaults(run=_explain)
+    bench = _target(commands.add_parser("bench", help="a model against other backends"))
+    bench.add_argument("--against", type=_words, default=("eager", "inductor"), help="inductor,eager")
+    bench.add_argument("--batch", type=_numbers, default=(), help="batch sizes; default: the inputs as given")
+    bench.add_argument("--train", action="store_true", help="time a forward and a backward")
+    bench.add_argument("--seconds", type=float, default=2.0, help="of measuring per row")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _target(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("target", help="package.module:function, which returns (model, example_inputs)")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    return command
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import demo
+
+    return demo(args.out, scale=args.scale, seconds=args.seconds, batches=args.batch)
+
+
+def _zoo(args: argparse.Namespace) -> int:
+    from .zoo.check import check_all
+
+    return check_all(args.only, args.batches, args.scale, Console())
 
 
 def _explain(args: argparse.Namespace) -> int:
     from .explain import explain
 
-    model, inputs = load(args.target)
+    model, inputs = load(args.target)()
     with torch.no_grad():
         report = explain(model, *inputs)
     print(report.to_json() if args.json else report.text())
@@ -66,26 +115,34 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .measure import interleave
+    from .bench import bench, table
 
-    model, inputs = load(args.target)
-    variants: dict[str, Any] = {"recompile": torch.compile(model, backend="recompile")}
-    for name in args.against.split(","):
-        variants[name] = model if name == "eager" else torch.compile(model, backend=name)
-    with torch.no_grad():
-        expected = model(*inputs)
-        for compiled in variants.values():
-            torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-3, atol=1e-4)
-        calls = {name: partial(compiled, *inputs) for name, compiled in variants.items()}
-        found = interleave(calls, seconds=args.seconds)
-    rows = {
-        name: {"ms": t.median_ms, "spread": t.spread, "ratio": found.ratio(name, "recompile")}
-        for name, t in found.timings.items()
-    }
+    model, inputs, batches = _sized(load(args.target), args.batch)
+    rows = bench(
+        type(model).__name__,
+        model,
+        inputs,
+        batches,
+        against=args.against,
+        train=args.train,
+        seconds=args.seconds,
+    )
     if args.json:
-        print(json.dumps(rows))
-        return 0
-    print(f"{'':12} {'median ms':>10} {'spread':>7} {'recompile is faster by':>23}")
-    for name, row in rows.items():
-        print(f"{name:12} {row['ms']:10.3f} {row['spread']:7.0%} {row['ratio']:22.2f}x")
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        Console().print(table(list(rows), "training step" if args.train else "inference"))
     return 0
+
+
+def _sized(
+    build: Callable[..., Any], batches: tuple[int, ...]
+) -> tuple[nn.Module, Callable[[int], tuple[Any, ...]], tuple[int, ...]]:
+    """The model, its inputs by batch size, and the batch sizes to run."""
+    from .bench import resize, rows_of
+
+    model, inputs = build()
+    if not batches:
+        return model, lambda batch: tuple(inputs), (rows_of(tuple(inputs)),)
+    if "batch" in inspect.signature(build).parameters:
+        return model, lambda batch: tuple(build(batch=batch)[1]), batches
+    return model, partial(resize, tuple(inputs)), batches

@@ -75,7 +75,21 @@ def build(name: str, scale: float = 1.0, seed: int = 0) -> Built:
         raise RecompileError(f"no model {name!r} in the zoo", try_=near[0] if near else ", ".join(names()))
     found = _recipes[name]
     torch.manual_seed(seed)
-    return Built(*found.builder(Data(scale)), found.batches)
+    model, inputs = found.builder(Data(scale))
+    _liven(model)
+    return Built(model, inputs, found.batches)
+
+
+def _liven(model: nn.Module) -> None:
+    """Give tables the values of a trained model's size.
+
+    Both libraries start them at 1e-4, where outputs hardly depend on ids and a wrong row would go unseen.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            nn.init.normal_(module.weight, std=0.1)
+            if module.padding_idx is not None:
+                module.weight.data[module.padding_idx] = 0
 
 
 def _load(family: str) -> None:

@@ -1,49 +1,78 @@
-"""The command line: explain and bench on a model of the user's, and errors that say what to write."""
+"""The command line: targets, errors, and each command on a small model."""
 
 import json
 
 import pytest
 import torch
-from torch import nn
 
 from recompile import cli
+from recompile.bench import resize
+from recompile.errors import RecompileError
 
+MODEL = """
+import torch
 
-class Two(nn.Module):
+class Tiny(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.tables = nn.ModuleList(nn.EmbeddingBag(20, 4, mode="sum") for _ in range(2))
+        self.e = torch.nn.ModuleList(torch.nn.Embedding(50, 8) for _ in range(4))
 
-    def forward(self, ids):
-        return torch.cat([t(ids) for t in self.tables], 1)
+    def forward(self, x):
+        return torch.cat([e(x[:, i]) for i, e in enumerate(self.e)], 1).relu()
 
+def fixed():
+    return Tiny(), (torch.arange(24).reshape(6, 4),)
 
-def two():
-    return Two(), (torch.randint(0, 20, (5, 3)),)
+def sized(batch=3):
+    return Tiny(), (torch.zeros(batch, 4, dtype=torch.int64),)
+"""
 
 
 @pytest.fixture
-def target(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "users_module", type("M", (), {"two": staticmethod(two)}))
-    return "users_module:two"
+def target(tmp_path, monkeypatch):
+    (tmp_path / "tiny_target.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "tiny_target"
 
 
-def test_explain_prints_what_fired(target, capsys):
-    assert cli.main(["explain", target]) == 0
-    assert "2 bags over 2 tables -> concat" in capsys.readouterr().out
+@pytest.mark.parametrize(("wrong", "says"), [("nothing", "not a target"), ("nowhere:f", "cannot be loaded")])
+def test_a_bad_target_says_what_is_expected(wrong, says, capsys):
+    assert cli.main(["explain", wrong]) == 2
+    assert says in capsys.readouterr().err
 
 
-def test_explain_json(target, capsys):
-    assert cli.main(["explain", target, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["graphs"][0]["fallback"] is None
+def test_explain_prints_the_report_as_text_and_as_json(target, capsys):
+    assert cli.main(["explain", f"{target}:fixed"]) == 0
+    assert "graph 0" in capsys.readouterr().out
+    assert cli.main(["explain", f"{target}:fixed", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["graphs"]
 
 
-def test_bench_compares(target, capsys):
-    assert cli.main(["bench", target, "--json", "--seconds", "0.1", "--against", "eager"]) == 0
+def test_bench_gives_one_row_a_batch_size(target, capsys):
+    args = ["bench", f"{target}:sized", "--batch", "2,5", "--json", "--seconds", "0", "--against", "eager"]
+    assert cli.main(args) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert set(rows) == {"recompile", "eager"} and rows["recompile"]["ms"] > 0
+    assert [row["batch"] for row in rows] == [2, 5]
+    assert all(row["error"]["recompile"] == 0 and row["ratio"]["eager"] > 0 for row in rows)
 
 
-def test_a_bad_target_says_what_to_write(capsys):
-    assert cli.main(["explain", "nothing"]) == 2
-    assert "package.module:function" in capsys.readouterr().err
+def test_bench_takes_the_inputs_as_given_without_a_batch_size(target, capsys):
+    assert cli.main(["bench", f"{target}:fixed", "--seconds", "0", "--against", "eager", "--train"]) == 0
+    assert "training step" in capsys.readouterr().out
+
+
+def test_resize_repeats_or_cuts_what_is_as_long_as_the_first_tensor():
+    inputs = (torch.arange(3), {"x": torch.arange(6).reshape(3, 2)}, torch.arange(4), 7)
+    longer, mapping, other, number = resize(inputs, 5)
+    assert longer.tolist() == [0, 1, 2, 0, 1]
+    assert mapping["x"].shape == (5, 2)
+    assert other.tolist() == [0, 1, 2, 3]
+    assert number == 7
+
+
+def test_an_unknown_zoo_model_names_the_nearest():
+    from recompile.zoo import build
+
+    pytest.importorskip("torch_rechub")
+    with pytest.raises(RecompileError, match=r"rechub\.DeepFM"):
+        build("rechub.DepFM", scale=0.01)

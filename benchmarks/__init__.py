@@ -1,0 +1,1 @@
+"""Benchmarks and the zoo's check, run from the repository: `python -m benchmarks.run`."""

@@ -1,0 +1,119 @@
+"""`recompile zoo`: every model equal to eager under recompile, with no more graphs than under Inductor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._dynamo.utils import counters
+
+from recompile import compare
+
+from .registry import Built, build, names
+
+BASE, OURS = "inductor", "recompile"
+# Relative to the largest magnitude. Tiny batches under a batch norm amplify rounding: then Inductor's own
+# distance from eager is the yardstick.
+TOLERANCE, SLACK = 1e-4, 4.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """One backend over all batch sizes: the worst error against eager, and what Dynamo made of the model."""
+
+    error: float
+    graphs: int
+    breaks: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One model in one mode. `why` says what is wrong, `skipped` why it was not compared; "" if not so."""
+
+    model: str
+    mode: str
+    base: Found | None
+    ours: Found | None
+    why: str = ""
+    skipped: str = ""
+
+
+def check_all(only: Sequence[str], batches: Sequence[int], scale: float, console: Console) -> int:
+    """Check the models whose name contains one of `only` (all if empty); 0 if none regresses, else 1."""
+    chosen = [name for name in names() if not only or any(part in name for part in only)]
+    verdicts = []
+    for name in chosen:
+        for mode in ("eval", "train"):
+            verdicts.append(check(name, mode, batches, scale))
+            console.print(_line(verdicts[-1]), markup=False, highlight=False)
+    console.print(table(verdicts))
+    return int(not verdicts or any(verdict.why for verdict in verdicts))
+
+
+def check(name: str, mode: str, batches: Sequence[int], scale: float) -> Verdict:
+    """Compare recompile with Inductor on one model, in "eval" or "train" mode, all batch sizes in a row."""
+    built = build(name, scale)
+    built.model.train(mode == "train")
+    try:
+        base = _run(built, BASE, batches)
+    except Exception as error:  # whatever Inductor cannot compile is no business of ours
+        return Verdict(name, mode, None, None, skipped=f"Inductor: {_short(error)}")
+    try:
+        ours = _run(built, OURS, batches)
+    except Exception as error:
+        return Verdict(name, mode, base, None, why=_short(error))
+    return Verdict(name, mode, base, ours, why=_regression(base, ours))
+
+
+def table(verdicts: Sequence[Verdict]) -> Table:
+    """The verdicts for the terminal."""
+    shown = Table("model", "mode", "error", "Inductor's", "graphs", "breaks", "verdict", title="zoo")
+    for v in verdicts:
+        ours, base = _cells(v.ours), _cells(v.base)
+        pairs = [f"{a} / {b}" for a, b in zip(ours[1:], base[1:], strict=True)]
+        style = "red" if v.why else "dim" if v.skipped else ""
+        shown.add_row(v.model, v.mode, ours[0], base[0], *pairs, v.why or v.skipped or "equal", style=style)
+    return shown
+
+
+def _run(built: Built, backend: str, batches: Sequence[int]) -> Found:
+    """Compile once, run every batch size. Dropout draws eager's numbers (`fallback_random`)."""
+    torch._dynamo.reset()
+    counters.clear()
+    model, worst = built.model, 0.0
+    grad = model.training
+    compiled = torch.compile(model, backend=backend)
+    with torch._inductor.config.patch(fallback_random=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch in batches:
+            inputs = built.inputs(batch)
+            expected = compare.run(model, model, inputs, grad=grad)
+            worst = max(worst, compare.error(compare.run(compiled, model, inputs, grad=grad), expected))
+    return Found(worst, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+
+
+def _regression(base: Found, ours: Found) -> str:
+    allowed = max(TOLERANCE, SLACK * base.error)
+    if not ours.error <= allowed:
+        return f"error {ours.error:.0e}, allowed {allowed:.0e}"
+    if ours.breaks > base.breaks:
+        return f"{ours.breaks - base.breaks} more graph breaks than Inductor"
+    if ours.graphs > base.graphs:
+        return f"{ours.graphs - base.graphs} more compilations than Inductor"
+    return ""
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _cells(found: Found | None) -> list[str]:
+    return ["-"] * 3 if found is None else [f"{found.error:.0e}", str(found.graphs), str(found.breaks)]
+
+
+def _line(verdict: Verdict) -> str:
+    return f"{verdict.model} {verdict.mode}: {verdict.why or verdict.skipped or 'equal'}"
