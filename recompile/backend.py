@@ -14,12 +14,14 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
 from .capture import capture
-from .errors import CaptureError, IndexOutOfRange, RecompileError, StrictError
+from .errors import CaptureError, IndexOutOfRange, StrictError, unknown
 from .options import Options
-from .pipeline import run_passes
-from .report import GraphRecord, Refusal, RegionRecord, new_graph, user_line
+from .pipeline import ordered, parse_passes, run_passes
+from .report import Refusal, RegionRecord, new_graph, user_line
+from .rewrite import Pass
 
 log = logging.getLogger("recompile")
+_BAD_ID = "recompile: index out of range: "  # how a generated kernel starts this complaint
 
 
 def recompile(
@@ -30,7 +32,7 @@ def recompile(
     options: Mapping[str, object] | None = None,
     **_: object,
 ) -> Callable[..., Any]:
-    """Compiles one graph from Dynamo: capture, passes, Inductor. Found by `torch.compile(backend="recompile")`.
+    """Compiles one graph from Dynamo: what `torch.compile(backend="recompile")` calls.
 
     Args:
         gm: Dynamo's graph.
@@ -40,43 +42,66 @@ def recompile(
 
     Raises:
         OptionError: an option is unknown or has a bad value.
-        StrictError: a fallback to plain Inductor, under `strict`.
+        PassOrderError: the passes' order has a cycle.
+        StrictError: a fallback to plain Inductor, or a failing pass, under `strict`.
     """
     chosen = Options.from_dict(options)
-    patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
-    patches |= dict(chosen.inductor)
+    passes = ordered(parse_passes(chosen.passes))
+    patches = inductor_settings(mode) | dict(chosen.inductor)
+    optimized = _optimize(gm, example_inputs, chosen, passes)
+    compiled: Any = compile_fx(optimized, example_inputs, config_patches=patches or None)
+    return _naming_bad_ids(compiled)
+
+
+def inductor_settings(mode: str | None) -> dict[str, Any]:
+    """What `mode` stands for in Inductor's config.
+
+    Raises:
+        OptionError: Inductor has no such mode.
+    """
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise unknown("mode", mode, modes)
+    return dict(modes[mode]) if mode else {}
+
+
+def _optimize(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, passes: Sequence[Pass]
+) -> fx.GraphModule:
+    """`gm` captured and rewritten; or `gm` itself, and the reason in the record, where that fails."""
     record = new_graph()
-    optimized = _optimize(gm, chosen, record)
-    return _naming_bad_ids(compile_fx(optimized, example_inputs, config_patches=patches or None))
-
-
-def _optimize(gm: fx.GraphModule, options: Options, record: GraphRecord) -> fx.GraphModule:
-    """`gm` captured and rewritten; or `gm` itself, with a reason in the record, where that is not possible."""
-    record.nodes_before = len(gm.graph.nodes)
+    record.nodes_before = record.nodes_after = len(gm.graph.nodes)
     try:
         captured = capture(gm)
         record.capture_ms = captured.ms
-        run_passes(captured.gm, options, record)
-    except RecompileError as error:
-        if not isinstance(error, CaptureError):
-            raise
-        return _fall_back(gm, options, record, Refusal(error.why, error.node, error.line))
-    except Exception as error:
+        run_passes(captured.gm, options, record, example_inputs, passes)
+        record.regions = [_region(node) for node in captured.gm.graph.nodes if _is_region(node)]
+    except StrictError:
+        raise
+    except CaptureError as error:
+        record.fallback = Refusal(error.why, error.node, error.line)
+    except Exception as error:  # a fault of ours must not cost the user a model that Inductor compiles
         log.debug("%s", traceback.format_exc())
-        return _fall_back(gm, options, record, Refusal(f"internal error: {type(error).__name__}: {error}"))
+        record.fallback = Refusal(f"of an internal error, {type(error).__name__}: {error}")
+    if record.fallback:
+        _fall_back(record.fallback, strict=options.strict)
+        return gm
     record.nodes_after = len(captured.gm.graph.nodes)
-    record.regions = [_region(n) for n in captured.gm.graph.nodes if _is_region(n)]
     return captured.gm
 
 
-def _fall_back(gm: fx.GraphModule, options: Options, record: GraphRecord, why: Refusal) -> fx.GraphModule:
-    record.fallback, record.nodes_after = why, record.nodes_before
-    if options.strict:
-        raise StrictError("a graph fell back to plain Inductor", got=why.why, where=why.line)
-    warnings.warn(
-        f"recompile: a graph is compiled by plain Inductor: {why.why} {why.line}".rstrip(), stacklevel=2
-    )
-    return gm
+_warned: set[str] = set()
+
+
+def _fall_back(reason: Refusal, strict: bool) -> None:
+    """Says, once for each reason, that plain Inductor compiles a graph."""
+    if strict:
+        raise StrictError("a graph fell back to plain Inductor", got=reason.why, where=reason.line)
+    log.info("a graph is compiled by plain Inductor: %s (%s)", reason.why, reason.line)
+    if reason.why not in _warned:
+        _warned.add(reason.why)
+        where = f" ({reason.line})" if reason.line else ""
+        warnings.warn(f"recompile: plain Inductor compiles a graph: {reason.why}{where}", stacklevel=2)
 
 
 def _is_region(node: fx.Node) -> bool:
@@ -93,18 +118,19 @@ def _region(node: fx.Node) -> RegionRecord:
 
 def _naming_bad_ids(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """`compiled`, with a generated kernel's complaint about an id raised as the error that eager raises."""
+    if isinstance(compiled, torch.nn.Module):  # under torch's bisector compile_fx may return the graph itself
+        return compiled
 
-    @functools.wraps(compiled, updated=())
+    @functools.wraps(compiled)  # with its attributes: Dynamo asks for _boxed_call and serialize
     def call(*args: Any) -> Any:
         try:
             return compiled(*args)
         except RuntimeError as error:
-            if not str(error).startswith("recompile: index out of range"):
+            if not str(error).startswith(_BAD_ID):
                 raise
+            sentence = str(error).removeprefix(_BAD_ID)
             raise IndexOutOfRange(
-                str(error), try_="check the ids against the table's num_embeddings"
-            ) from error
+                f"index out of range: {sentence}", try_="check the ids against the table's num_embeddings"
+            ) from None
 
-    if getattr(compiled, "_boxed_call", False):
-        call._boxed_call = True  # type: ignore[attr-defined]
     return call

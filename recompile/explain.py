@@ -20,7 +20,8 @@ def explain(
         args, kwargs: what it is called with. Call under `torch.no_grad()` to see the inference graphs.
         options: as for `torch.compile(backend="recompile", options=...)`.
     """
+    chosen: dict[str, Any] = dict(options or {})
     torch._dynamo.reset()
     with collect() as report:
-        torch.compile(model, backend="recompile", options=dict(options or {}))(*args, **kwargs)
+        torch.compile(model, backend="recompile", options=chosen)(*args, **kwargs)
     return report

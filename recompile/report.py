@@ -42,7 +42,10 @@ class RuleRecord:
 
 @dataclass
 class PassRecord:
-    """One pass over one graph. `error` says why it was undone, "" if it was not. `ms` includes its checks."""
+    """One pass over one graph. `ms` includes its checks.
+
+    `error` says why it was undone and `skipped` why it did not run; "" if neither happened.
+    """
 
     name: str
     numerics: str
@@ -51,6 +54,7 @@ class PassRecord:
     ms: float = 0.0
     rules: list[RuleRecord] = field(default_factory=list)
     error: str = ""
+    skipped: str = ""
 
 
 @dataclass

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .report import GraphRecord, PassRecord, Refusal, Report, RuleRecord
+from .report import GraphRecord, PassRecord, Refusal, Report
 
 
 def plain(report: Report, width: int) -> str:
@@ -42,7 +43,8 @@ def _graph(graph: GraphRecord) -> Iterator[RenderableType]:
     for region in graph.regions:
         yield Text(f"  {region.name}: {region.summary}", style="green")
         yield from (Text(f"      {line}") for line in _folded(region.lines))
-    yield from (Text(f"  {line}") for record in graph.passes for line in _not_done(record))
+    lines = [*_idle(graph.passes), *(line for record in graph.passes for line in _not_done(record))]
+    yield from (Padding(Text(line), (0, 0, 0, 2)) for line in lines)
     yield Text("")
 
 
@@ -56,17 +58,24 @@ def _passes(records: list[PassRecord]) -> Table:
 
 
 def _what(record: PassRecord) -> Iterator[str]:
-    if record.error:
-        yield "undone, it failed: " + record.error.splitlines()[0]
+    if record.skipped:
+        yield f"did not run: {record.skipped}"
+    elif record.error:
+        yield f"was undone: {record.error.splitlines()[0]}"
+    elif not any(rule.tried or rule.fired for rule in record.rules):
+        yield "nothing to do" if record.nodes_before == record.nodes_after else "changed the graph"
     for rule in record.rules:
         name = "" if rule.name == record.name else f"{rule.name} "
-        yield f"{name}fired {_times(rule)}, tried {rule.tried}, refused {len(rule.refused)}"
-    if not record.error and not record.rules:
-        yield "nothing to do" if record.nodes_before == record.nodes_after else "changed the graph"
+        if rule.tried or rule.fired:
+            times = "1 time" if rule.fired == 1 else f"{rule.fired} times"
+            yield f"{name}fired {times}, tried {rule.tried}, refused {len(rule.refused)}"
 
 
-def _times(rule: RuleRecord) -> str:
-    return f"{rule.fired} time" if rule.fired == 1 else f"{rule.fired} times"
+def _idle(records: list[PassRecord]) -> Iterator[str]:
+    """The rules that found no candidate at all, in one line for all passes."""
+    idle = [r.name for record in records for r in record.rules if not (r.tried or r.fired or r.refused)]
+    if idle:
+        yield "fired 0 times, for want of candidates: " + ", ".join(idle)
 
 
 def _not_done(record: PassRecord) -> Iterator[str]:

@@ -1,0 +1,219 @@
+"""What is checked after every pass, so that a wrong rewrite is undone instead of compiled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
+
+from .errors import RecompileError
+from .graph.walls import is_random, is_wall
+from .report import user_line
+from .rewrite import Effects
+from .rewrite.build import ambient
+from .rewrite.effects import autocast_at
+
+log = logging.getLogger("recompile")
+
+_UNFORESEEABLE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_TOLERANCE: dict[str, dict[str, Any]] = {"exact": {"rtol": 0, "atol": 0}, "reassociate": {}}
+_FAST: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-3}
+
+
+class Snapshot:
+    """A graph as it was before a pass: to see what the pass changed, to check that, and to take it back."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._was = {node: (node.target, node.args, node.kwargs) for node in graph.nodes}
+        self._inputs, self._outputs = _inputs(graph), _outputs(graph)
+        self._walls = [node for node in graph.nodes if is_wall(node)]
+        copied: dict[fx.Node, fx.Node] = {}
+        self._copy = fx.Graph()
+        self._copy.output(self._copy.graph_copy(graph, copied))
+        self._copy.output_node().meta = dict(graph.output_node().meta)
+        self._copy.set_codegen(graph._codegen)
+        for old, new in copied.items():  # AOTAutograd looks for it on placeholders
+            if hasattr(old, "_dynamo_source"):
+                new._dynamo_source = old._dynamo_source
+
+    def restore(self, gm: fx.GraphModule) -> None:
+        """Make `gm` compute what it did; the snapshot is used up."""
+        gm.graph = self._copy
+
+    def is_current(self, graph: fx.Graph) -> bool:
+        """Whether nothing changed since."""
+        nodes = list(graph.nodes)
+        return nodes == list(self._was) and not list(self._changed(graph))
+
+    def check(self, graph: fx.Graph) -> None:
+        """Compares with the graph as a pass left it. A new node without `meta["val"]` is given one.
+
+        Raises:
+            RecompileError: an output or a changed node has another shape, dtype or device than before or than
+                it says; an output is another tensor than before; inputs or walls changed their order.
+        """
+        if _inputs(graph) != self._inputs:
+            raise RecompileError("the pass changed the graph's inputs")
+        self._check_walls(graph)
+        effects = Effects(graph)
+        for node in self._changed(graph):
+            _check_value(node, effects)
+        _check_outputs(self._outputs, _outputs(graph))
+
+    def _changed(self, graph: fx.Graph) -> Iterator[fx.Node]:
+        """The nodes that are new, or have other arguments."""
+        for node in graph.nodes:
+            if self._was.get(node) != (node.target, node.args, node.kwargs):
+                yield node
+
+    def _check_walls(self, graph: fx.Graph) -> None:
+        walls = {node: None for node in graph.nodes if is_wall(node)}
+        kept = [node for node in self._walls if node in walls]
+        for before, after in zip(kept, [node for node in walls if node in self._was], strict=False):
+            if before is not after:
+                raise RecompileError(
+                    "the pass changed the order of nodes with effects",
+                    expected=f"{before.name} first",
+                    got=f"{after.name} first",
+                    where=user_line(after),
+                )
+
+
+def _check_value(node: fx.Node, effects: Effects) -> None:
+    """Compares a node's value with what its operator makes of its arguments' values."""
+    if node.op != "call_function" or is_wall(node) or _is_unforeseeable(node):
+        return
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    target: Any = node.target
+    with _no_guards((args, kwargs)), autocast_at(effects.autocasts[node]):
+        try:
+            derived = target(*args, **kwargs)
+        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+            raise RecompileError(
+                f"node {node.name} cannot be computed: {error}", where=user_line(node)
+            ) from error
+    if not _alike(node.meta.setdefault("val", derived), derived):
+        raise RecompileError(
+            f"node {node.name} has another value than its meta['val'] says",
+            expected=_show(node.meta["val"]),
+            got=_show(derived),
+            where=user_line(node),
+        )
+
+
+def _is_unforeseeable(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and not _UNFORESEEABLE.isdisjoint(node.target.tags)
+
+
+@contextmanager
+def _no_guards(values: Any) -> Iterator[None]:
+    """As `ambient`, and what the operators learn about symbolic sizes has no consequences."""
+    mode = next((t.fake_mode for t in tree_leaves(values) if isinstance(t, FakeTensor)), None)
+    with ExitStack() as stack:
+        stack.enter_context(ambient(values))
+        if mode is not None and mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+        yield
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values may be the same one: type, dtype, device and sizes, as far as those are known."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return (a.dtype, a.device, a.dim()) == (b.dtype, b.device, b.dim()) and all(
+            not statically_known_true(m != n) for m, n in zip(a.shape, b.shape, strict=True)
+        )
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return isinstance(a, torch.Tensor) == isinstance(b, torch.Tensor)
+
+
+def _inputs(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _outputs(graph: fx.Graph) -> list[tuple[Any, str]]:
+    """For each output its value, and which input or earlier output it is."""
+    returned = tree_leaves(graph.output_node().args[0])
+    return [(_value(out), _identity(out, returned)) for out in returned]
+
+
+def _value(out: object) -> Any:
+    return out.meta.get("val") if isinstance(out, fx.Node) else out
+
+
+def _identity(out: object, returned: list[object]) -> str:
+    if isinstance(out, fx.Node) and out.op == "placeholder":
+        return f"input {out.name}"
+    return f"output {returned.index(out)}" if isinstance(out, fx.Node) else "a constant"
+
+
+def _check_outputs(before: list[tuple[Any, str]], after: list[tuple[Any, str]]) -> None:
+    if len(before) != len(after):
+        raise RecompileError(
+            "the pass changed the number of outputs", expected=str(len(before)), got=str(len(after))
+        )
+    for i, ((old, was), (new, now)) in enumerate(zip(before, after, strict=True)):
+        if not _alike(old, new):
+            raise RecompileError(f"the pass changed output {i}", expected=_show(old), got=_show(new))
+        if was != now:
+            raise RecompileError(f"the pass changed what output {i} is", expected=was, got=now)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+    return f"[{', '.join(map(_show, value))}]" if isinstance(value, (list, tuple)) else repr(value)
+
+
+class Numerics:
+    """Runs a graph on the example inputs before and after each pass: `options={"verify": "numerics"}`.
+
+    Graphs with effects or random numbers are not run: the caller would see the effects.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self.inputs = [x.node.hint if isinstance(x, torch.SymInt) else x for x in inputs]
+        why_not = self._why_not(gm.graph)
+        if why_not:
+            log.warning("verify=numerics is not possible for a graph: %s", why_not)
+        self.before = None if why_not else self._run(gm)
+
+    def check(self, gm: fx.GraphModule, level: str) -> None:
+        """Compares with the results before the pass, to the tolerance of its level of numerics.
+
+        Raises:
+            RecompileError: they differ; the message says which output, and by how much.
+        """
+        if self.before is None:
+            return
+        after = self._run(gm)
+        for i, (old, new) in enumerate(zip(self.before, after, strict=True)):
+            try:
+                torch.testing.assert_close(new, old, equal_nan=True, **_tolerance(level, old))
+            except AssertionError as error:
+                raise RecompileError(f"the pass changed the numbers of output {i}", got=str(error)) from error
+        self.before = after
+
+    def _why_not(self, graph: fx.Graph) -> str:
+        if not self.inputs or any(isinstance(x, FakeTensor) for x in self.inputs):
+            return "there are no real inputs"
+        barred = next((node for node in graph.nodes if is_wall(node) or is_random(node)), None)
+        return f"node {barred.name} has an effect or draws random numbers" if barred else ""
+
+    def _run(self, gm: fx.GraphModule) -> list[Any]:
+        with torch.no_grad():
+            results = fx.Interpreter(gm).run(*self.inputs)
+        return [x.clone() if isinstance(x, torch.Tensor) else x for x in tree_leaves(results)]
+
+
+def _tolerance(level: str, value: Any) -> dict[str, Any]:
+    floating = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return _TOLERANCE.get(level, _FAST) if floating else _TOLERANCE["exact"]
