@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 
 from recompile.rewrite import arguments, same, same_strides
 from recompile.rewrite.effects import storages
+from recompile.torch_private.symbols import constant
 
 aten = torch.ops.aten
 Make = Callable[..., fx.Node]
@@ -98,8 +99,8 @@ def slice_from_split(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Nod
     if not isinstance(pieces, fx.Node) or pieces.target not in _PIECES or not isinstance(index, int):
         return None
     dim = _dim(pieces)
-    sizes = [piece.shape[dim] for piece in pieces.meta["val"]]
-    if not all(type(size) is int for size in sizes):
+    sizes = [_int(piece.shape[dim]) for piece in pieces.meta["val"]]
+    if None in sizes:
         return None
     start = sum(sizes[: index % len(sizes)])
     return make(aten.slice.Tensor, pieces.args[0], dim, start, start + sizes[index])
@@ -244,6 +245,11 @@ def _matrix(x: fx.Node, term: str, summed: str, place: int, make: Make) -> fx.No
         return make(aten.unsqueeze.default, x, 1 if place == -1 else 2)
     swap = term.index(summed) != place % 3
     return make(aten.permute.default, x, [0, 2, 1]) if swap else x
+
+
+def _int(size: Any) -> Any:
+    """A size as a number, or None if it is not known."""
+    return size if type(size) is int else constant(size)
 
 
 def _val(node: Any) -> Tensor:

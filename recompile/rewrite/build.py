@@ -23,19 +23,17 @@ _OWN_META = {"val", "tensor_meta", "example_value", "opaque", "unbacked_bindings
 
 
 class Builder:
-    """Adds nodes to a graph right before one of its nodes.
+    """Adds nodes to a graph right after one of its nodes.
 
     Args:
-        before: where new nodes go.
-        like: the node whose place in the user's model they take; `before` unless said.
+        after: new nodes follow it, in the order in which they are made.
+        like: the node whose place in the user's model they take; `after` unless said.
         rule: the name of the rule, noted in `meta["recompile_rule"]`.
     """
 
-    def __init__(
-        self, effects: Effects, before: fx.Node, rule: str = "", like: fx.Node | None = None
-    ) -> None:
-        self.effects, self.before, self.rule = effects, before, rule
-        self.like = before if like is None else like
+    def __init__(self, effects: Effects, after: fx.Node, rule: str = "", like: fx.Node | None = None) -> None:
+        self.effects, self.after, self.rule = effects, after, rule
+        self.like = after if like is None else like
         self.made: list[fx.Node] = []
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -52,14 +50,14 @@ class Builder:
         values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         if isinstance(target, OpOverloadPacket):
             target = overload_for(target, *values[0], **values[1])
-        graph = self.before.graph
-        with graph.inserting_before(self.before):
+        graph, last = self.after.graph, self.made[-1] if self.made else self.after
+        with graph.inserting_after(last):
             node = graph.create_node("call_function", target, args, kwargs, name=op_name(target))
         self.made.append(node)
         node.meta.update({key: value for key, value in self.like.meta.items() if key not in _OWN_META})
         if self.rule:
             node.meta["recompile_rule"] = self.rule
-        self.effects.adopt(node, self.before)
+        self.effects.adopt(node, self.after)
         self.refresh(node)
         return node
 
@@ -97,11 +95,11 @@ class Builder:
         if expr in self.effects.sizes:
             known: fx.Node = self.effects.sizes[expr]
             return known
-        for tensor in [*tensors, *self.before.all_input_nodes]:
+        for tensor in [*tensors, *self.like.all_input_nodes]:
             for i, other in enumerate(getattr(tensor.meta.get("val"), "shape", ())):
                 if isinstance(other, SYM) and expression(other) == expr:
                     return self.call(torch.ops.aten.sym_size.int, tensor, i)
-        raise Refuse(f"no tensor at hand has a dimension of the size {expr}", self.before)
+        raise Refuse(f"no tensor at hand has a dimension of the size {expr}", self.like)
 
 
 @contextmanager

@@ -31,8 +31,21 @@ def updates_statistics(node: fx.Node) -> bool:
     return bool(given[_STATISTICS[op_name(node.target)]]) and given["running_mean"] is not None
 
 
+_harmless: dict[Any, bool] = {}
+
+
+def _is_harmless(node: fx.Node) -> bool:
+    """Whether all calls of an ATen operator are pure, known from its schema: a short cut for most nodes."""
+    if node.target not in _harmless:
+        fixed = is_wall(node) or is_random(node) or op_name(node.target) in _STATISTICS
+        _harmless[node.target] = not fixed
+    return _harmless[node.target]
+
+
 def is_pure(node: fx.Node) -> bool:
     """Whether `node` may be computed again, once less, or elsewhere: no effect, no random numbers."""
+    if isinstance(node.target, OpOverload) and _is_harmless(node):
+        return True
     return not (is_wall(node) or draws(node) or updates_statistics(node))
 
 
@@ -75,7 +88,8 @@ class Effects:
             self._by_order.append(node)
             self.learn(node)
             open_now = _switch(node, open_now)
-            self._note(node)
+            if not is_pure(node):
+                self._note(node)
         self._held = {s for n in graph.nodes if n.op in _INPUTS for s in storages(n)}
         self._output = graph.output_node()
         # The sizes that the graph's inputs are.

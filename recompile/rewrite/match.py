@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from recompile.graph.walls import is_wall
-from recompile.rewrite.effects import Effects, draws, updates_statistics
+from recompile.rewrite.effects import Effects, draws, is_pure
 from recompile.rewrite.pattern import AnyOf, Anything, Const, Each, Operator, Pattern, Var, inside, names
 from recompile.rewrite.schema import (
-    REQUIRED,
     Argument,
     bind,
     is_commutative,
@@ -61,6 +59,7 @@ class Matcher:
         self.effects = effects
         self.starts = _starts(self.outputs[0])
         self.names = names(self.outputs)
+        self._orders: dict[tuple[Operator, OpOverload], list[list[_Expected]]] = {}
 
     def can_start(self, node: fx.Node) -> bool:
         """Whether the first output's operator is the one that `node` calls."""
@@ -115,7 +114,9 @@ class Matcher:
             ok = isinstance(value, (list, tuple)) and len(value) >= pattern.at_least
         else:
             ok = isinstance(pattern, (AnyOf, Anything))
-        return ok or self._miss(f"expected {pattern.says()}, found {_show(value)}", value)
+        if ok or len(self._inner) <= self._best:  # most misses are not near, and their sentences cost time
+            return ok
+        return self._miss(f"expected {pattern.says()}, found {_show(value)}", value)
 
     def _fits(self, pattern: Pattern, value: Any) -> bool:
         """Whether dtype and dimensions are the expected ones; binds the dimensions' names."""
@@ -182,35 +183,31 @@ class Matcher:
         if not isinstance(node.target, OpOverload):
             yield from self._list(pattern.args, node.args, node)
             return
-        for given in _orders(pattern, node.target):
-            yield from self._arguments(node, self._pairs(pattern, node, given))
+        found = bind(node.target, node.args, node.kwargs) or {}
+        orders = self._orders.get((pattern, node.target))
+        if orders is None:
+            orders = self._orders[pattern, node.target] = _orders(pattern, node.target)
+        for expected in orders:
+            yield from self._arguments(node, expected, found)
 
     def _fixed(self, node: fx.Node) -> str | None:
         """Why `node` cannot be computed at another place, if that is so."""
-        if is_wall(node) or updates_statistics(node):
-            return f"{node.name} writes to a tensor or has another effect"
-        if draws(node):
-            return f"{node.name} draws random numbers"
+        if not is_pure(node):
+            does = "draws random numbers" if draws(node) else "writes to a tensor or has another effect"
+            return f"{node.name} {does}"
         wall = self.effects.between(node, self.root)
         return None if wall is None else f"{wall.name} stands between {node.name} and {self.root.name}"
 
-    def _pairs(
-        self, pattern: Operator, node: fx.Node, given: dict[str, Any]
-    ) -> Iterator[tuple[Argument, Any, Any]]:
-        """(argument, expected, found) for each argument of the call."""
-        assert isinstance(node.target, OpOverload)
-        found = bind(node.target, node.args, node.kwargs) or {}
-        for arg in schema(node.target):
-            if arg.name in given or not pattern.rest:
-                yield arg, given.get(arg.name, arg.default), found.get(arg.name, arg.default)
-
-    def _arguments(self, node: fx.Node, pairs: Iterator[tuple[Argument, Any, Any]]) -> Iterator[None]:
-        waiting = []
-        for arg, expected, found in pairs:
-            if next(inside(expected), None) is not None:
-                waiting.append((expected, normal(node, arg, found)))
-            elif expected is REQUIRED or not same(normal(node, arg, expected), normal(node, arg, found)):
-                waiting.append((_Literal(node, arg, normal(node, arg, expected)), normal(node, arg, found)))
+    def _arguments(
+        self, node: fx.Node, expected: Sequence[_Expected], given: dict[str, Any]
+    ) -> Iterator[None]:
+        waiting: list[tuple[Any, Any]] = []
+        for arg, value, is_pattern in expected:
+            found = normal(node, arg, given.get(arg.name, arg.default))
+            if is_pattern:
+                waiting.append((value, found))
+            elif not same(wanted := normal(node, arg, value), found):
+                waiting.append((_Literal(node, arg, wanted), found))
         yield from self._all(waiting, node)
 
     def _all(self, pairs: Sequence[tuple[Any, Any]], node: fx.Node) -> Iterator[None]:
@@ -351,15 +348,24 @@ class _Literal:
         )
 
 
-def _orders(pattern: Operator, op: OpOverload) -> list[dict[str, Any]]:
-    """The pattern's arguments by schema name, in one or both orders of its operands."""
+class _Expected(NamedTuple):
+    arg: Argument
+    value: Any
+    is_pattern: bool
+
+
+def _orders(pattern: Operator, op: OpOverload) -> list[list[_Expected]]:
+    """What the pattern expects of the arguments of `op`, in one or both orders of its operands."""
     given = bind(op, pattern.args, pattern.kwargs)
     if given is None:
         return []
+    orders = [given]
     if is_commutative(op) and len(pattern.args) == 2 and not pattern.kwargs:
         first, second = given
-        return [given, {first: given[second], second: given[first]}]
-    return [given]
+        orders.append({first: given[second], second: given[first]})
+    mentioned = [arg for arg in schema(op) if arg.name in given or not pattern.rest]
+    values = [[(arg, order.get(arg.name, arg.default)) for arg in mentioned] for order in orders]
+    return [[_Expected(arg, v, any(True for _ in inside(v))) for arg, v in order] for order in values]
 
 
 def _starts(pattern: Pattern) -> list[Operator]:

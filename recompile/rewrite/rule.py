@@ -67,7 +67,7 @@ class Match:
 
 
 class Calls:
-    """`m.op.sum(x, dim=[1])` adds a node, just before the place of the match."""
+    """`m.op.sum(x, dim=[1])` adds a node, right after the root of the match."""
 
     def __init__(self, builder: Builder) -> None:
         self.call = builder.call
@@ -133,21 +133,22 @@ class Rule(Pass):
 
 
 def place(found: Found, effects: Effects) -> fx.Node:
-    """The node before which the replacement goes: after all that it may read, before all that read it.
+    """The node that the replacement follows: after all that it may read, before all that read it.
 
     Raises:
         Refuse: there is no such place.
     """
-    first = min(found.roots, key=effects.order.__getitem__)
+    if len(found.roots) == 1:
+        return found.roots[0]
+    order = effects.order.__getitem__
     leaves = {leaf for node in found.inner for leaf in node.all_input_nodes} - set(found.inner)
-    last = max(leaves, key=effects.order.__getitem__, default=first)
-    if len(found.roots) == 1 or effects.order[last] <= effects.order[first]:
-        return first
-    for root in found.roots:
-        for user in root.users:
-            if user not in found.inner and effects.order[user] <= effects.order[last]:
-                raise Refuse(f"{user.name} uses {root.name} before {last.name} is known", user)
-    return last.next
+    readers = {user for root in found.roots for user in root.users} - set(found.inner)
+    first = min(readers, key=order)
+    for last in (max(found.roots, key=order), max([*leaves, min(found.roots, key=order)], key=order)):
+        walls = (effects.between(node, last) for node in found.inner)
+        if order(last) < order(first) and not any(walls):
+            return last
+    raise Refuse(f"{first.name} needs one part of it before the others can be computed", first)
 
 
 def _sweep_up(found: Found) -> list[fx.Node]:

@@ -51,6 +51,12 @@ def schema(op: OpOverload) -> tuple[Argument, ...]:
     )
 
 
+@cache
+def _names(op: OpOverload) -> tuple[list[str], set[str]]:
+    """The positional arguments of `op`, and all of them."""
+    return [arg.name for arg in schema(op) if arg.positional], {arg.name for arg in schema(op)}
+
+
 def op_name(target: Any) -> str:
     """The name of an operator without namespace and overload, such as `sum`."""
     if isinstance(target, OpOverload):
@@ -65,8 +71,8 @@ def is_commutative(op: OpOverload) -> bool:
 
 def bind(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The given arguments by schema name, or None if `op` cannot be called like this."""
-    positional = [arg.name for arg in schema(op) if arg.positional]
-    if len(args) > len(positional) or not kwargs.keys() <= {arg.name for arg in schema(op)}:
+    positional, names = _names(op)
+    if len(args) > len(positional) or not kwargs.keys() <= names:
         return None
     given = dict(zip(positional, args, strict=False))
     return None if given.keys() & kwargs.keys() else {**given, **kwargs}
@@ -131,6 +137,8 @@ def same(a: Any, b: Any) -> bool:
     """Whether two arguments or sizes are known to be equal. Adds no guard."""
     if a is b:
         return True
+    if type(a) is type(b) is int:
+        return bool(a == b)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     a, b = _number(a), _number(b)
