@@ -1,23 +1,29 @@
 """A torch.compile backend and graph optimizer for recommendation models.
 
-`torch.compile(model, backend="recompile")` needs no import of this package; what stands here is for looking at what
-happened and for writing passes.
+`torch.compile(model, backend="recompile")` needs no import of this package; what stands here is for looking at
+what happened and for writing passes.
 """
 
 from .errors import RecompileError
 from .explain import explain
 from .options import Options
 from .report import Report, last_report
-from .rewrite import Context, Pass, Refuse, register
+from .rewrite import Context, Match, Pass, Refuse, Rule, any_of, each, optional, register, registered
 
 __all__ = [
     "Context",
+    "Match",
     "Options",
     "Pass",
     "RecompileError",
     "Refuse",
     "Report",
+    "Rule",
+    "any_of",
+    "each",
     "explain",
     "last_report",
+    "optional",
     "register",
+    "registered",
 ]

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 
 from .report import Report, collect
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, options: Mapping[str, object] | None = None, **kwargs: Any
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, object] | None = None,
+    train: bool = False,
+    **kwargs: Any,
 ) -> Report:
     """Compiles `model` for these inputs, runs it once, and returns the report of just its graphs.
 
     Args:
-        model: a module or a function.
-        args, kwargs: what it is called with. Call under `torch.no_grad()` to see the inference graphs.
+        model: a module or a function. What was compiled of it before stays compiled.
+        args, kwargs: what it is called with.
         options: as for `torch.compile(backend="recompile", options=...)`.
+        train: compile for training, with autograd; otherwise for inference, under `torch.no_grad()`.
     """
-    chosen: dict[str, Any] = dict(options or {})
-    torch._dynamo.reset()
-    with collect() as report:
-        torch.compile(model, backend="recompile", options=chosen)(*args, **kwargs)
+    with compiling(options) as (report, backend), torch.set_grad_enabled(train):
+        torch.compile(model, backend=backend)(*args, **kwargs)
     return report
+
+
+@contextmanager
+def compiling(
+    options: Mapping[str, object] | None = None,
+) -> Iterator[tuple[Report, Callable[..., Any]]]:
+    """A report that fills up inside the `with` block, and a backend that nothing was compiled with before.
+
+    Dynamo keeps what it compiled by backend: with `backend="recompile"` it would find earlier graphs again.
+    """
+    from .backend import recompile
+
+    def afresh(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return recompile(gm, inputs, options=options)
+
+    with collect() as report, torch._dynamo.config.patch(recompile_limit=1 << 16):
+        yield report, afresh

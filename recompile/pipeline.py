@@ -11,16 +11,16 @@ from typing import Any
 from torch import fx
 
 from .errors import StrictError
+from .numerics import LEVELS, Numerics
 from .options import Options
 from .pass_list import ordered, parse_passes
 from .report import GraphRecord, PassRecord
 from .rewrite import Context, Pass
-from .verify import Numerics, Snapshot
+from .verify import Snapshot
 
 __all__ = ["ordered", "parse_passes", "run_passes"]
 
 log = logging.getLogger("recompile")
-_LEVELS = ("exact", "reassociate", "fast")
 
 
 def run_passes(
@@ -50,7 +50,7 @@ def run_passes(
         entry = PassRecord(each.name(), each.numerics, nodes_before=len(gm.graph.nodes))
         record.passes.append(entry)
         start = time.perf_counter()
-        if _LEVELS.index(each.numerics) > _LEVELS.index(options.numerics):
+        if LEVELS.index(each.numerics) > LEVELS.index(options.numerics):
             entry.skipped = f"its numerics are {each.numerics}, and {options.numerics} was asked for"
         else:
             snapshot = _run(each, gm, options, entry, snapshot, numerics)

@@ -1,9 +1,8 @@
-"""What is checked after every pass, so that a wrong rewrite is undone instead of compiled."""
+"""What is checked of a graph after every pass, so that a wrong rewrite is undone instead of compiled."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,17 +14,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
 from .errors import RecompileError
-from .graph.walls import is_random, is_wall
+from .graph.walls import is_wall
 from .report import user_line
 from .rewrite import Effects
 from .rewrite.build import ambient
 from .rewrite.effects import autocast_at
 
-log = logging.getLogger("recompile")
-
 _UNFORESEEABLE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-_TOLERANCE: dict[str, dict[str, Any]] = {"exact": {"rtol": 0, "atol": 0}, "reassociate": {}}
-_FAST: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-3}
 
 
 class Snapshot:
@@ -171,49 +166,3 @@ def _show(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
     return f"[{', '.join(map(_show, value))}]" if isinstance(value, (list, tuple)) else repr(value)
-
-
-class Numerics:
-    """Runs a graph on the example inputs before and after each pass: `options={"verify": "numerics"}`.
-
-    Graphs with effects or random numbers are not run: the caller would see the effects.
-    """
-
-    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        self.inputs = [x.node.hint if isinstance(x, torch.SymInt) else x for x in inputs]
-        why_not = self._why_not(gm.graph)
-        if why_not:
-            log.warning("verify=numerics is not possible for a graph: %s", why_not)
-        self.before = None if why_not else self._run(gm)
-
-    def check(self, gm: fx.GraphModule, level: str) -> None:
-        """Compares with the results before the pass, to the tolerance of its level of numerics.
-
-        Raises:
-            RecompileError: they differ; the message says which output, and by how much.
-        """
-        if self.before is None:
-            return
-        after = self._run(gm)
-        for i, (old, new) in enumerate(zip(self.before, after, strict=True)):
-            try:
-                torch.testing.assert_close(new, old, equal_nan=True, **_tolerance(level, old))
-            except AssertionError as error:
-                raise RecompileError(f"the pass changed the numbers of output {i}", got=str(error)) from error
-        self.before = after
-
-    def _why_not(self, graph: fx.Graph) -> str:
-        if not self.inputs or any(isinstance(x, FakeTensor) for x in self.inputs):
-            return "there are no real inputs"
-        barred = next((node for node in graph.nodes if is_wall(node) or is_random(node)), None)
-        return f"node {barred.name} has an effect or draws random numbers" if barred else ""
-
-    def _run(self, gm: fx.GraphModule) -> list[Any]:
-        with torch.no_grad():
-            results = fx.Interpreter(gm).run(*self.inputs)
-        return [x.clone() if isinstance(x, torch.Tensor) else x for x in tree_leaves(results)]
-
-
-def _tolerance(level: str, value: Any) -> dict[str, Any]:
-    floating = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-    return _TOLERANCE.get(level, _FAST) if floating else _TOLERANCE["exact"]

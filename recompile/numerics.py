@@ -1,0 +1,70 @@
+"""Whether a pass changes the numbers: the graph run on the example inputs, before and after."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+from .errors import RecompileError
+from .graph.walls import is_random, is_wall
+
+log = logging.getLogger("recompile")
+
+LEVELS = ("exact", "reassociate", "fast")
+_TOLERANCE: dict[str, dict[str, Any]] = {
+    "exact": {"rtol": 0, "atol": 0},
+    "reassociate": {},  # what torch.testing allows for the dtype
+    "fast": {"rtol": 1e-2, "atol": 1e-3},
+}
+
+
+class Numerics:
+    """Runs a graph on the example inputs before and after each pass: `options={"verify": "numerics"}`.
+
+    Graphs with effects or random numbers are not run: the caller would see the effects.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self.inputs = [x.node.hint if isinstance(x, torch.SymInt) else x for x in inputs]
+        why_not = self._why_not(gm.graph)
+        if why_not:
+            log.warning("verify=numerics is not possible for a graph: %s", why_not)
+        self.before = None if why_not else self._run(gm)
+
+    def check(self, gm: fx.GraphModule, level: str) -> None:
+        """Compares with the results before the pass, to the tolerance of its level of numerics.
+
+        Raises:
+            RecompileError: they differ; the message says which output, and by how much.
+        """
+        if self.before is None:
+            return
+        after = self._run(gm)
+        for i, (old, new) in enumerate(zip(self.before, after, strict=True)):
+            try:
+                torch.testing.assert_close(new, old, equal_nan=True, **_tolerance(level, old))
+            except AssertionError as error:
+                raise RecompileError(f"the pass changed the numbers of output {i}", got=str(error)) from error
+        self.before = after
+
+    def _why_not(self, graph: fx.Graph) -> str:
+        if not self.inputs or any(isinstance(x, FakeTensor) for x in self.inputs):
+            return "there are no real inputs"
+        barred = next((node for node in graph.nodes if is_wall(node) or is_random(node)), None)
+        return f"node {barred.name} has an effect or draws random numbers" if barred else ""
+
+    def _run(self, gm: fx.GraphModule) -> list[Any]:
+        with torch.no_grad():
+            results = fx.Interpreter(gm).run(*self.inputs)
+        return [x.clone() if isinstance(x, torch.Tensor) else x for x in tree_leaves(results)]
+
+
+def _tolerance(level: str, value: Any) -> dict[str, Any]:
+    floating = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return _TOLERANCE[level] if floating else _TOLERANCE["exact"]

@@ -1,0 +1,174 @@
+"""For tests of rules and passes: the graph a rule sees, and assertions about what becomes of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import capture as _capture
+from .explain import compiling
+from .options import Options
+from .pipeline import run_passes
+from .report import GraphRecord, Refusal, Report
+from .rewrite import Pass
+
+
+@dataclass
+class Seen:
+    """A graph as a rule sees it, with real inputs to run it on."""
+
+    gm: fx.GraphModule
+    inputs: Sequence[Any]
+
+
+def capture(model: Callable[..., Any], *args: Any) -> fx.GraphModule:
+    """The graph that a rule sees: ATen operators before autograd, canonicalized.
+
+    Raises:
+        torch._dynamo.exc.Unsupported: the model is more than one graph.
+    """
+    return _see(model, args).gm
+
+
+def assert_rewrites(
+    rule: Pass | type[Pass], model: Callable[..., Any], args: Sequence[Any], expect: str | None = None
+) -> fx.GraphModule:
+    """Asserts that the rule fires on the model, breaks nothing and keeps the numbers; returns the graph.
+
+    Args:
+        rule: a rule or pass, or its class.
+        args: what the model is called with.
+        expect: the graph afterwards, as `text` writes it; indentation does not matter.
+    """
+    seen = _see(model, args)
+    record, each = _apply(rule, seen)
+    refused = "".join(f"\n  {refusal.why} [{refusal.node}]" for refusal in _refusals(record))
+    assert _fired(record), f"{each.name()} did not fire{refused}\n{text(seen.gm)}"
+    if expect is not None:
+        assert _lines(text(seen.gm)) == _lines(expect), f"the graph afterwards is\n{text(seen.gm)}"
+    return seen.gm
+
+
+def assert_refuses(
+    rule: Pass | type[Pass], model: Callable[..., Any], args: Sequence[Any], why: str = "", at: str = ""
+) -> Refusal:
+    """Asserts that the rule leaves the model alone and says so; returns the refusal.
+
+    Args:
+        why: a part of the sentence.
+        at: a part of the blamed node's name.
+    """
+    seen = _see(model, args)
+    record, each = _apply(rule, seen)
+    assert not _fired(record), f"{each.name()} fired\n{text(seen.gm)}"
+    found = [refusal for refusal in _refusals(record) if why in refusal.why and at in refusal.node]
+    others = "".join(f"\n  {refusal.why} [{refusal.node}]" for refusal in _refusals(record)) or " nothing"
+    assert found, f"{each.name()} does not refuse with {why!r} at {at!r}; it says{others}"
+    return found[0]
+
+
+def assert_same(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    train: bool = False,
+    options: Mapping[str, object] | None = None,
+) -> Report:
+    """Asserts that the compiled model equals eager, in float64: outputs, buffers and, in training, gradients.
+
+    Args:
+        args: what the model is called with; floating point tensors are widened too.
+        train: compare the gradients of parameters and inputs as well.
+
+    Returns:
+        What the backend did.
+    """
+    eager, copied = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    with compiling(options) as (report, backend):
+        compiled = torch.compile(copied, backend=backend)
+        actual = _results(copied, compiled, args, train)
+    torch.testing.assert_close(actual, _results(eager, eager, args, train), equal_nan=True)
+    return report
+
+
+def text(gm: fx.GraphModule) -> str:
+    """A graph as short text: one line a node, operators without their overload.
+
+    e = embedding(weight, ids)
+    return (e,)
+    """
+    return "\n".join(_line(node) for node in gm.graph.nodes if node.op != "placeholder")
+
+
+def _line(node: fx.Node) -> str:
+    given = [str(arg) for arg in node.args] + [f"{key}={arg}" for key, arg in node.kwargs.items()]
+    if node.op == "output":
+        return f"return {given[0]}"
+    name = getattr(node.target, "overloadpacket", node.target)
+    return f"{node.name} = {getattr(name, '__name__', name)}({', '.join(given)})"
+
+
+def _lines(graph: str) -> list[str]:
+    return [line.strip() for line in graph.strip().splitlines()]
+
+
+def _see(model: Callable[..., Any], args: Sequence[Any]) -> Seen:
+    seen: list[Seen] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = _capture.capture(gm).gm
+        run_passes(captured, Options(strict=True, passes="canonicalize"), GraphRecord())
+        seen.append(Seen(captured, [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]))
+        return gm.forward
+
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16):
+        torch.compile(model, backend=backend, fullgraph=True)(*args)
+    return seen[0]
+
+
+def _apply(rule: Pass | type[Pass], seen: Seen) -> tuple[GraphRecord, Pass]:
+    """Runs just this pass, with every check; a failure is an error."""
+    each = rule() if isinstance(rule, type) else rule
+    record = GraphRecord()
+    options = Options(strict=True, verify="numerics", numerics="fast")
+    run_passes(seen.gm, options, record, seen.inputs, [each])
+    return record, each
+
+
+def _fired(record: GraphRecord) -> int:
+    return sum(rule.fired for entry in record.passes for rule in entry.rules)
+
+
+def _refusals(record: GraphRecord) -> list[Refusal]:
+    return [refusal for entry in record.passes for rule in entry.rules for refusal in rule.refused]
+
+
+def _results(
+    model: torch.nn.Module, call: Callable[..., Any], args: Sequence[Any], train: bool
+) -> dict[str, Any]:
+    """Outputs, buffers and gradients of one run, from the same random numbers every time."""
+    inputs = tree_map(lambda x: _wide(x, train), list(args))
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(train):
+        outputs = call(*inputs)
+    results = {"outputs": outputs, "buffers": dict(model.named_buffers())}
+    if train:
+        found = [out for out in tree_leaves(outputs) if isinstance(out, torch.Tensor) and out.requires_grad]
+        torch.autograd.backward(found, [torch.randn_like(out) for out in found])
+        sources = [*model.parameters(), *(x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))]
+        results["gradients"] = [x.grad for x in sources if x.grad is not None]
+    return results
+
+
+def _wide(value: Any, train: bool) -> Any:
+    """A copy of an input: floating point as float64, with a gradient where one is wanted."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not value.is_floating_point():
+        return value.clone()
+    return value.detach().to(torch.float64, copy=True).requires_grad_(train)
