@@ -1,7 +1,8 @@
 """One canonical spelling for each of many: small functions that `canonicalize` applies, node by node.
 
 Each is given the node, its arguments by schema name, and a function that adds nodes; it returns what the node
-is, spelled canonically, or None where that is the node itself. None of them changes a bit of any value.
+is, spelled canonically, or None where that is the node itself. None of them changes a bit of any value; where
+a tensor is used several times, its gradient may be the same sum in another order.
 """
 
 from __future__ import annotations

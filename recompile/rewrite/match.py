@@ -175,11 +175,11 @@ class Matcher:
     # -- patterns with parts
 
     def _operator(self, pattern: Operator, node: fx.Node) -> Iterator[None]:
+        if node not in self._inner:
+            self._set(self._inner, node, None)
         if (why := self._fixed(node)) is not None:
             self._miss(why, node)
             return
-        if node not in self._inner:
-            self._set(self._inner, node, None)
         if not isinstance(node.target, OpOverload):
             yield from self._list(pattern.args, node.args, node)
             return

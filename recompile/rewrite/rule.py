@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,7 +155,8 @@ def place(found: Found, effects: Effects) -> fx.Node:
 def _sweep_up(found: Found) -> list[fx.Node]:
     """Erase what the match covered and nobody uses any more."""
     gone = []
-    for node in reversed(found.inner):
+    parts = [user for root in found.roots for user in root.users if user.target is operator.getitem]
+    for node in (*parts, *reversed(found.inner)):
         if not node.users and is_pure(node):
             node.graph.erase_node(node)
             gone.append(node)
