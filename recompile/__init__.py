@@ -1,7 +1,7 @@
 """A torch.compile backend and graph optimizer for recommendation models.
 
-`torch.compile(model, backend="recompile")` needs no import of this package; what stands here is for looking at
-what happened and for writing passes.
+`torch.compile(model, backend="recompile")` needs no import of this package; what stands here is for looking
+at what happened and for writing passes.
 """
 
 from .errors import RecompileError

@@ -1,4 +1,4 @@
-"""Messages: what is wrong, then what was expected, found, where, and what to try, each on a line of its own."""
+"""Messages: what is wrong, then what was expected, found, where, and what to try, a line each."""
 
 import pickle
 
