@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup test check clean
+.PHONY: help setup demo test bench zoo check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,8 +22,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps torch-rechub==0.9.0 deepctr-torch==0.3.0
 	touch $@
 
+demo: setup  ## five real models against Inductor: at most 10 minutes, results in out/
+	$(BIN)/recompile demo
+
 test: setup  ## the tests
 	$(BIN)/python -m pytest
+
+bench: setup  ## the table of benchmarks with its targets, results in out/bench.json (ARGS="--group ratio")
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+zoo: setup  ## every model of the zoo against eager (ARGS="--only rechub.DeepFM")
+	$(BIN)/recompile zoo $(ARGS)
 
 check: setup  ## format, lint, types, long files
 	$(BIN)/ruff format --check .

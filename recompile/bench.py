@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -92,6 +93,12 @@ def table(rows: Sequence[Row], title: str) -> Table:
     for row in rows:
         shown.add_row(*_cells(row, backends, others))
     return shown
+
+
+def terminal() -> Console:
+    """A console that records; 130 characters wide where it is not a terminal."""
+    console = Console(record=True)
+    return console if console.is_terminal else Console(record=True, width=130)
 
 
 def rows_of(inputs: tuple[Any, ...]) -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from .errors import RecompileError
@@ -99,9 +98,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _zoo(args: argparse.Namespace) -> int:
+    from .bench import terminal
     from .zoo.check import check_all
 
-    return check_all(args.only, args.batches, args.scale, Console())
+    return check_all(args.only, args.batches, args.scale, terminal())
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -115,7 +115,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import bench, table
+    from .bench import bench, table, terminal
 
     model, inputs, batches = _sized(load(args.target), args.batch)
     rows = bench(
@@ -130,7 +130,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(row) for row in rows]))
     else:
-        Console().print(table(list(rows), "training step" if args.train else "inference"))
+        terminal().print(table(list(rows), "training step" if args.train else "inference"))
     return 0
 
 

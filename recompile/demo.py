@@ -12,14 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import compare
-from .bench import OURS, Row, bench, table
+from .bench import OURS, Row, bench, table, terminal
 from .measure import THREADS
 from .report import Report, collect
 from .zoo import Built, build
 
 MODELS = ("own.DLRM", "rechub.DeepFM", "rechub.DIN", "rechub.YoutubeDNN", "rechub.MMOE")
 REPORTED = "own.DLRM"
-WIDTH = 130  # of the table in a file or a pipe, characters
 BATCHES = (1, 64, 512, 2048)
 GRADIENT_BATCH = 64
 # Relative to the largest magnitude, float32: another order of summation over a few thousand rows costs 1e-6.
@@ -38,9 +37,7 @@ def demo(out: Path, *, scale: float = 1.0, seconds: float = 2.0, batches: tuple[
     Returns:
         0 if every output and gradient agrees with eager within `TOLERANCE`, else 1.
     """
-    console = Console(record=True)
-    if not console.is_terminal:
-        console = Console(record=True, width=WIDTH)
+    console = terminal()
     torch.set_num_threads(THREADS)
     rows, gradients, report = _measure(console, scale, seconds, batches)
     console.print(table(rows, f"{THREADS} threads, inference, float32, torch {torch.__version__}"))

@@ -1,0 +1,114 @@
+"""The groups of benchmarks; each yields its results one by one, filtered by part of a name."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from recompile.bench import OURS, Row, bench
+from recompile.explain import explain
+from recompile.measure import peak_memory_mib
+from recompile.zoo import build, names
+
+from .cases import CASES, Case
+from .models import OneHot
+from .result import Result
+
+BASE = "inductor"
+COMPILE_TABLES = 1000
+
+
+def ratios(only: str) -> Iterator[Result]:
+    """How many times faster than Inductor each case is."""
+    for case in CASES:
+        if only in _name(case):
+            model, inputs = case.build(case.batch)
+            made = bench(
+                _name(case),
+                model,
+                lambda _, given=inputs: given,
+                [case.batch],
+                against=[BASE],
+                train=case.train,
+            )
+            yield _speed(next(made), case.target)
+
+
+def memory(only: str) -> Iterator[Result]:
+    """Peak memory of compiling and running each case in a fresh process, over Inductor's; 2% is noise."""
+    for index, case in enumerate(CASES):
+        name = f"peak memory, {_name(case)}"
+        if only in name:
+            base, ours = (
+                peak_memory_mib("-m", "benchmarks.child", "memory", backend, str(index))
+                for backend in (BASE, OURS)
+            )
+            yield Result(name, ours / base, 1.02, False, base, ours, "MiB")
+
+
+def compile_time(only: str) -> Iterator[Result]:
+    """Compile time of many tables in fresh processes without caches, over Inductor's."""
+    name = f"compile time, {COMPILE_TABLES} tables"
+    if only in name:
+        base, ours = (_cold_compile(backend, COMPILE_TABLES) for backend in (BASE, OURS))
+        yield Result(name, ours / base, 0.2, False, base, ours, "s")
+
+
+def capture(only: str) -> Iterator[Result]:
+    """Milliseconds of capture and passes a node, at three sizes: the same at each if they are linear."""
+    for tables in (50, 200, 800):
+        name = f"capture + passes per node, {tables} tables"
+        if only in name:
+            ms, nodes = _capture_ms(tables)
+            yield Result(name, ms / nodes, 1.0, False, recompile=ms)
+
+
+def models(only: str) -> Iterator[Result]:
+    """Whole models of the zoo, one result per batch size, then the geometric means."""
+    small, large = [], []
+    for name in names():
+        if only and only not in f"models {name}":
+            continue
+        built = build(name)
+        batches = (1, 64, *built.batches)
+        for row in bench(name, built.model, built.inputs, batches, against=[BASE], seconds=1.0):
+            (small if row.batch in (1, 64) else large).append(row.ratio[BASE])
+            yield _speed(row, 0.97)
+    if small:
+        yield Result(f"geometric mean of {len(small)}, batch 1 and 64", _mean(small), 1.1)
+        yield Result(f"geometric mean of {len(large)}, larger batches", _mean(large), 1.03)
+
+
+def _name(case: Case) -> str:
+    return f"{case.name}, batch {case.batch}"
+
+
+def _speed(row: Row, target: float) -> Result:
+    """A row against Inductor. A wrong answer is no result: it fails whatever its speed."""
+    error = row.error[OURS]
+    figure = row.ratio[BASE] if error is None or error < 1e-3 else 0.0
+    name = row.model if "batch" in row.model else f"{row.model}, batch {row.batch}"
+    return Result(name, figure, target, True, row.ms[BASE], row.ms[OURS], spread=max(row.spread.values()))
+
+
+def _mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def _cold_compile(backend: str, tables: int) -> float:
+    argv = [sys.executable, "-m", "benchmarks.child", "compile", backend, str(tables)]
+    cold = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    child = subprocess.run(argv, env=cold, stdout=subprocess.PIPE, text=True, check=True)
+    return float(child.stdout.splitlines()[-1])
+
+
+def _capture_ms(tables: int) -> tuple[float, int]:
+    """Milliseconds and Dynamo nodes of one graph, from the report."""
+    with torch.no_grad():
+        graph = explain(OneHot(100, tables, out=8), torch.zeros(64, tables, dtype=torch.int64)).graphs[0]
+    return graph.capture_ms + sum(record.ms for record in graph.passes), graph.nodes_before
