@@ -27,16 +27,7 @@ def ratios(only: str) -> Iterator[Result]:
     """How many times faster than Inductor each case is."""
     for case in CASES:
         if only in _name(case):
-            model, inputs = case.build(case.batch)
-            made = bench(
-                _name(case),
-                model,
-                lambda _, given=inputs: given,
-                [case.batch],
-                against=[BASE],
-                train=case.train,
-            )
-            yield _speed(next(made), case.target)
+            yield _speed(next(_bench(case)), case.target)
 
 
 def memory(only: str) -> Iterator[Result]:
@@ -70,7 +61,8 @@ def capture(only: str) -> Iterator[Result]:
 
 def models(only: str) -> Iterator[Result]:
     """Whole models of the zoo, one result per batch size, then the geometric means."""
-    small, large = [], []
+    small: list[float] = []
+    large: list[float] = []
     for name in names():
         if only and only not in f"models {name}":
             continue
@@ -82,6 +74,11 @@ def models(only: str) -> Iterator[Result]:
     if small:
         yield Result(f"geometric mean of {len(small)}, batch 1 and 64", _mean(small), 1.1)
         yield Result(f"geometric mean of {len(large)}, larger batches", _mean(large), 1.03)
+
+
+def _bench(case: Case) -> Iterator[Row]:
+    model, inputs = case.build(case.batch)
+    return bench(_name(case), model, lambda _: inputs, [case.batch], against=[BASE], train=case.train)
 
 
 def _name(case: Case) -> str:

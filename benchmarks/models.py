@@ -41,7 +41,8 @@ class MaskedMeans(nn.Module):
     def mean(table: nn.Module, ids: Tensor) -> Tensor:
         """The masked mean of one field."""
         mask = (ids != 0).unsqueeze(-1).float()
-        return (table(ids) * mask).sum(1) / (mask.sum(1) + 1e-16)
+        mean: Tensor = (table(ids) * mask).sum(1) / (mask.sum(1) + 1e-16)
+        return mean
 
 
 class Sums(nn.Module):
@@ -66,7 +67,9 @@ class OneHot(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(batch, fields*16 or out) from ids (batch, fields)."""
-        return self.top(torch.cat([table(ids[:, f]) for f, table in enumerate(self.tables)], 1))
+        flat = torch.cat([table(ids[:, f]) for f, table in enumerate(self.tables)], 1)
+        out: Tensor = self.top(flat)
+        return out
 
 
 class FirstStage(nn.Module):
