@@ -32,11 +32,6 @@ class Options:
         "How far a rewrite may go: bitwise equal, another order of summation, or approximations.",
         ("exact", "reassociate", "fast"),
     )
-    kernels: str = _option(
-        "auto",
-        "`reference` compiles region operators as plain PyTorch, without our generated code.",
-        ("auto", "reference"),
-    )
     inductor: tuple[tuple[str, object], ...] = _option(
         (), "A dictionary of `torch._inductor.config` settings for this model; wins over `mode`."
     )
