@@ -86,7 +86,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     backends = list(rows[0].ms)
     shown = Table(title=title, caption="ratio: other / recompile; > 1 means that recompile is faster")
     for column in ("model", "batch", *(f"{b} ms" for b in backends)):
-        shown.add_column(column, justify="left" if column == "model" else "right")
+        shown.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     others = [b for b in backends if b != OURS]
     for column in (*(f"ratio to {b}" for b in others), "max error", "spread", "kernels"):
         shown.add_column(column, justify="right")
