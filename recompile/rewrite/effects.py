@@ -132,8 +132,10 @@ class Effects:
         Args:
             made: the nodes that were made to replace `old`; what only they have is fresh.
         """
-        if self._output in old.users and (new.op in _INPUTS or self._output in new.users):
-            return f"{old.name} is a graph output, and so is {new.name} or it is an input"
+        if self._output in old.users and new.op in _INPUTS:
+            return f"{old.name} is a graph output, which must not become the input {new.name}"
+        if self._output in old.users and self._output in new.users:
+            return f"{old.name} and {new.name} are graph outputs, which must stay apart"
         before, after = set(storages(old)), set(storages(new))
         if before == after or not (self._shared(before, [old]) or self._shared(after, made)):
             return ""

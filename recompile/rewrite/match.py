@@ -8,13 +8,14 @@ rule which almost fired says why it did not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from recompile.rewrite.bindings import UNBOUND, Bindings, Scope
 from recompile.rewrite.effects import Effects, draws, is_pure
 from recompile.rewrite.pattern import AnyOf, Anything, Const, Each, Operator, Pattern, Var, inside, names
 from recompile.rewrite.schema import (
@@ -28,17 +29,7 @@ from recompile.rewrite.schema import (
     schema,
 )
 
-_UNBOUND = object()
 _NEAR = 2  # operators that must have fitted for a miss to be worth telling
-
-
-@dataclass
-class Scope:
-    """What is bound: by the whole match, or by one element of an `each`."""
-
-    names: dict[Any, Any] = field(default_factory=dict)
-    keys: dict[Any, Any] = field(default_factory=dict)  # a pattern's key -> what it matched
-    dims: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,10 +59,7 @@ class Matcher:
     def find(self, root: fx.Node) -> Found | None:
         """The first fit with the first output at `root`, or None: then `nearest` may say why."""
         self.root, self.nearest, self._best = root, None, _NEAR - 1
-        self._trail: list[tuple[dict[Any, Any], Any]] = []
-        self._scopes = [Scope()]
-        self._inner: dict[fx.Node, None] = {}
-        self._once: dict[fx.Node, None] = {}
+        self._bound = Bindings()
         for _ in self._match(self.outputs[0], root):
             for roots in self._others(self.outputs[1:], (root,)):
                 if self._only_here(roots):
@@ -84,14 +72,14 @@ class Matcher:
 
     def _match(self, pattern: Any, value: Any) -> Iterator[None]:
         """Yields once for every way in which `pattern` fits `value`; what it binds is undone afterwards."""
-        bound = self._lookup("keys", pattern.key)
-        if bound is not _UNBOUND:
+        bound = self._bound.matched(pattern)
+        if bound is not UNBOUND:
             if same(bound, value):
                 yield
             else:
                 self._miss(f"expected {_show(bound)} again, found {_show(value)}", value)
             return
-        mark = len(self._trail)
+        mark = self._bound.mark()
         if self._is_kind(pattern, value) and self._fits(pattern, value) and self._bind(pattern, value):
             if isinstance(pattern, Operator):
                 yield from self._operator(pattern, value)
@@ -101,7 +89,7 @@ class Matcher:
                 yield from self._each(pattern, value)
             else:
                 yield
-        self._undo(mark)
+        self._bound.undo(mark)
 
     def _is_kind(self, pattern: Pattern, value: Any) -> bool:
         if isinstance(pattern, Operator):
@@ -114,7 +102,9 @@ class Matcher:
             ok = isinstance(value, (list, tuple)) and len(value) >= pattern.at_least
         else:
             ok = isinstance(pattern, (AnyOf, Anything))
-        if ok or len(self._inner) <= self._best:  # most misses are not near, and their sentences cost time
+        if (
+            ok or len(self._bound.inner) <= self._best
+        ):  # most misses are not near, and their sentences cost time
             return ok
         return self._miss(f"expected {pattern.says()}, found {_show(value)}", value)
 
@@ -140,43 +130,32 @@ class Matcher:
                 f"expected {pattern.says()} of shape [{text}], found {list(value.meta['val'].shape)}", value
             )
         for dim, size in zip(dims, shape, strict=True):
-            known = self._dim(dim, size)
-            if known is not None and not same(known, size):
+            known = self._bound.dim(dim, size) if isinstance(dim, str) else dim
+            if not same(known, size):
                 return self._miss(
                     f"expected {pattern.says()} of shape [{text}] where {dim} is {known}, found {size}", value
                 )
         return True
 
-    def _dim(self, dim: Any, size: Any) -> Any:
-        """What the size must be, or None; binds the name of a dimension."""
-        if not isinstance(dim, str):
-            return dim
-        free = not dim[0].isupper()
-        scope = self._scopes[-1 if free else 0]
-        if dim not in scope.dims:
-            self._set(scope.dims, dim, size)
-        return None if free else scope.dims[dim]
-
     def _bind(self, pattern: Pattern, value: Any) -> bool:
-        if pattern.name:
-            bound = self._lookup("names", pattern.name)
-            if bound is not _UNBOUND and not same(bound, value):
-                return self._miss(
-                    f"expected {pattern.name} to be {_show(bound)} again, found {_show(value)}", value
-                )
-            if bound is _UNBOUND:
-                self._set(self._scopes[-1].names, pattern.name, value)
+        known = self._bound.name(pattern.name) if pattern.name else UNBOUND
+        if known is not UNBOUND and not same(known, value):
+            return self._miss(
+                f"expected {pattern.name} to be {_show(known)} again, found {_show(value)}", value
+            )
+        scope = self._bound.scopes[-1]
+        if pattern.name and known is UNBOUND:
+            self._bound.set(scope.names, pattern.name, value)
         if not isinstance(pattern, Anything):
-            self._set(self._scopes[-1].keys, pattern.key, value)
-        if pattern.once and isinstance(value, fx.Node) and value not in self._once:
-            self._set(self._once, value, None)
+            self._bound.set(scope.keys, pattern.key, value)
+        if pattern.once and isinstance(value, fx.Node):
+            self._bound.set(self._bound.once, value)
         return True
 
     # -- patterns with parts
 
     def _operator(self, pattern: Operator, node: fx.Node) -> Iterator[None]:
-        if node not in self._inner:
-            self._set(self._inner, node, None)
+        self._bound.set(self._bound.inner, node)
         if (why := self._fixed(node)) is not None:
             self._miss(why, node)
             return
@@ -238,33 +217,32 @@ class Matcher:
 
     def _any_of(self, pattern: AnyOf, value: Any) -> Iterator[None]:
         for option, tagged in zip(pattern.options, pattern.values, strict=True):
-            mark = len(self._trail)
+            mark = self._bound.mark()
             if pattern.tag:
-                self._set(self._scopes[-1].names, pattern.tag, tagged)
+                self._bound.set(self._bound.scopes[-1].names, pattern.tag, tagged)
             yield from self._match(option, value)
-            self._undo(mark)
+            self._bound.undo(mark)
 
     def _each(self, pattern: Each, value: Sequence[Any]) -> Iterator[None]:
-        mark, found = len(self._trail), []
+        mark, found = self._bound.mark(), []
         for element in value:
-            self._scopes.append(Scope())
+            self._bound.scopes.append(Scope())
             fits = next((True for _ in self._one(pattern.element, element, self.root)), False)
-            found.append(self._scopes.pop())
+            found.append(self._bound.scopes.pop())
             if not fits:
-                self._undo(mark)
+                self._bound.undo(mark)
                 return
         self._columns(pattern, found)
         yield
 
     def _columns(self, pattern: Each, found: list[Scope]) -> None:
         """Bind, for each name inside an `each`, the list of what it stands for in each element."""
-        here = self._scopes[-1]
+        here = self._bound.scopes[-1]
         for name in names(pattern.element):
-            if self._lookup("names", name) is _UNBOUND:
-                self._set(here.names, name, [scope.names.get(name) for scope in found])
+            if self._bound.name(name) is UNBOUND:
+                self._bound.set(here.names, name, [scope.names.get(name) for scope in found])
         for dim in {dim for scope in found for dim in scope.dims}:
-            if dim not in here.dims:
-                self._set(here.dims, dim, [scope.dims.get(dim) for scope in found])
+            self._bound.set(here.dims, dim, [scope.dims.get(dim) for scope in found])
 
     # -- the whole
 
@@ -278,7 +256,7 @@ class Matcher:
 
     def _candidates(self, pattern: Pattern) -> list[fx.Node]:
         """Nodes where another output can be: above a part of it that is bound already."""
-        bound = [(self._bound(p), depth) for p, depth in _depths(pattern, 0)]
+        bound = [(self._already(p), depth) for p, depth in _depths(pattern, 0)]
         known = [(depth, node) for node, depth in bound if isinstance(node, fx.Node)]
         if not known:
             return []
@@ -288,45 +266,28 @@ class Matcher:
             level = {user: None for n in level for user in n.users}
             seen |= level
         starts = _starts(pattern)
-        return [n for n in seen if n not in self._inner and any(p.starts(n.target) for p in starts)]
+        return [n for n in seen if n not in self._bound.inner and any(p.starts(n.target) for p in starts)]
+
+    def _already(self, pattern: Pattern) -> Any:
+        """What `pattern` has matched, or a pattern of the same name."""
+        matched = self._bound.matched(pattern)
+        return self._bound.name(pattern.name) if matched is UNBOUND and pattern.name else matched
 
     def _only_here(self, roots: tuple[fx.Node, ...]) -> bool:
-        for node in self._once:
+        for node in self._bound.once:
             for user in node.users:
-                if user not in self._inner and node not in roots:
+                if user not in self._bound.inner and node not in roots:
                     return self._miss(f"{node.name} is also used by {user.name}", node, sure=True)
         return True
 
     def _found(self, roots: tuple[fx.Node, ...]) -> Found:
-        inner = sorted(self._inner, key=self.effects.order.__getitem__)
-        bound = self._scopes[0]
+        inner = sorted(self._bound.inner, key=self.effects.order.__getitem__)
+        bound = self._bound.scopes[0]
         return Found(roots, tuple(inner), dict.fromkeys(self.names) | bound.names, dict(bound.dims))
-
-    # -- bindings
-
-    def _lookup(self, kind: str, key: Any) -> Any:
-        for scope in reversed(self._scopes):
-            if key in (bound := getattr(scope, kind)):
-                return bound[key]
-        return _UNBOUND
-
-    def _bound(self, pattern: Pattern) -> Any:
-        """What `pattern` matched already, by its key or its name."""
-        value = self._lookup("keys", pattern.key)
-        return self._lookup("names", pattern.name) if value is _UNBOUND and pattern.name else value
-
-    def _set(self, bound: dict[Any, Any], key: Any, value: Any) -> None:
-        bound[key] = value
-        self._trail.append((bound, key))
-
-    def _undo(self, mark: int) -> None:
-        while len(self._trail) > mark:
-            bound, key = self._trail.pop()
-            bound.pop(key, None)
 
     def _miss(self, why: str, at: Any, sure: bool = False) -> bool:
         """Keep the failure that got farthest. Always False."""
-        reached = len(self._inner) + sure
+        reached = len(self._bound.inner) + sure
         if reached > self._best:
             self._best = reached
             self.nearest = why, at if isinstance(at, fx.Node) else self.root

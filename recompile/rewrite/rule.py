@@ -154,10 +154,11 @@ def place(found: Found, effects: Effects) -> fx.Node:
 
 def _sweep_up(found: Found) -> list[fx.Node]:
     """Erase what the match covered and nobody uses any more."""
-    gone = []
     parts = [user for root in found.roots for user in root.users if user.target is operator.getitem]
-    for node in (*parts, *reversed(found.inner)):
-        if not node.users and is_pure(node):
+    left, gone = dict.fromkeys([*parts, *found.inner]), list[fx.Node]()
+    while dead := [node for node in left if not node.users and is_pure(node)]:
+        for node in dead:
             node.graph.erase_node(node)
-            gone.append(node)
+            del left[node]
+        gone += dead
     return gone
