@@ -60,7 +60,7 @@ def _respell(node: fx.Node, effects: Effects, ctx: Context) -> list[fx.Node]:
         ctx.tried(_name(spelling))
         builder = Builder(effects, node, _name(spelling))
         try:
-            new = spelling(node, given, builder.call)
+            new = spelling(node, given, builder)
             if new is None:
                 continue
             replace((node,), new, builder)

@@ -1,6 +1,6 @@
 """One canonical spelling for each of many: small functions that `canonicalize` applies, node by node.
 
-Each is given the node, its arguments by schema name, and a function that adds nodes; it returns what the node
+Each is given the node, its arguments by schema name, and a builder of nodes; it returns what the node
 is, spelled canonically, or None where that is the node itself. None of them changes a bit of any value; where
 a tensor is used several times, its gradient may be the same sum in another order.
 """
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from recompile.rewrite import arguments, same, same_strides
+from recompile.rewrite import Builder, arguments, same, same_strides
 from recompile.rewrite.effects import storages
 from recompile.torch_private.symbols import constant
 
 aten = torch.ops.aten
-Make = Callable[..., fx.Node]
-Spelling = Callable[[fx.Node, dict[str, Any], Make], "fx.Node | None"]
+Spelling = Callable[[fx.Node, dict[str, Any], Builder], "fx.Node | None"]
 SPELLINGS: dict[Any, list[Spelling]] = defaultdict(list)  # operator -> its spellings, in the order tried
 
 
@@ -48,7 +47,7 @@ def spellings_of(node: fx.Node) -> list[Spelling]:
     aten.expand, aten.expand_as, aten.broadcast_to, aten.slice, aten.narrow, aten.alias,
     aten.contiguous, aten.clone, aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.feature_dropout,
 )  # fmt: skip
-def drop_no_op(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def drop_no_op(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`x[:]`, `x.view(x.shape)`, `x.float()` of a float, `x.contiguous()`, dropout in evaluation: `x`."""
     source = node.args[0]
     old, new = _val(source), node.meta["val"]
@@ -60,14 +59,14 @@ def drop_no_op(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | No
 
 
 @spelling(aten.cat, aten.concat, aten.concatenate)
-def drop_cat_of_one(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def drop_cat_of_one(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`cat([x])` is `x`."""
     tensors = given["tensors"]
     return tensors[0] if len(tensors) == 1 and same_strides(_val(tensors[0]), node.meta["val"]) else None
 
 
 @spelling(aten.type_as, aten.to, aten._to_copy)
-def cast_to_dtype(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def cast_to_dtype(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """A cast that changes nothing but the dtype is `to.dtype(x, dtype)`."""
     source, new = node.args[0], node.meta["val"]
     old = _val(source)
@@ -75,87 +74,90 @@ def cast_to_dtype(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node |
         return None
     if (old.device, old.layout) != (new.device, new.layout) or not same_strides(old, new):
         return None
-    return make(aten.to.dtype, source, new.dtype)
+    return build.equal(aten.to.dtype, source, new.dtype)
 
 
 @spelling(operator.getitem)
-def select_from_unbind(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def select_from_unbind(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`unbind(x, d)[i]` is `select(x, d, i)`."""
     pieces, index = node.args
     if not isinstance(pieces, fx.Node) or pieces.target is not aten.unbind.int:
         return None
-    return make(aten.select.int, pieces.args[0], _dim(pieces), index)
+    return build.equal(aten.select.int, pieces.args[0], _dim(pieces), index)
 
 
-_PIECES = (
-    aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
-    aten.tensor_split.sections, aten.tensor_split.indices,
-)  # fmt: skip
+_EQUAL_PIECES = (aten.split.Tensor, aten.chunk.default)  # equal but for the last
+_PIECES = (aten.split.sizes, aten.split_with_sizes.default, aten.tensor_split.sections)
 
 
 @spelling(operator.getitem)
-def slice_from_split(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def slice_from_split(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`split(x, n, d)[i]` is `slice(x, d, i * n, (i + 1) * n)`, likewise for `chunk`."""
     pieces, index = node.args
-    if not isinstance(pieces, fx.Node) or pieces.target not in _PIECES or not isinstance(index, int):
+    if not isinstance(pieces, fx.Node) or pieces.target not in (*_EQUAL_PIECES, *_PIECES):
         return None
-    dim = _dim(pieces)
-    sizes = [_int(piece.shape[dim]) for piece in pieces.meta["val"]]
+    if not isinstance(index, int) or index < 0:
+        return None
+    dim, values = _dim(pieces), pieces.meta["val"]
+    before = [0] if pieces.target in _EQUAL_PIECES else range(index)
+    sizes = [_int(values[i].shape[dim]) for i in (*before, index)]
     if None in sizes:
         return None
-    start = sum(sizes[: index % len(sizes)])
-    return make(aten.slice.Tensor, pieces.args[0], dim, start, start + sizes[index])
+    start = sizes[0] * index if pieces.target in _EQUAL_PIECES else sum(sizes[:-1])
+    return build.equal(aten.slice.Tensor, pieces.args[0], dim, start, start + sizes[-1])
 
 
 @spelling(aten.narrow)
-def slice_from_narrow(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def slice_from_narrow(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`narrow(x, d, start, n)` is `slice(x, d, start, start + n)`."""
     start, length = given["start"], given["length"]
     if type(start) is not int or type(length) is not int or start < 0:
         return None
-    return make(aten.slice.Tensor, given["self"], given["dim"], start, start + length)
+    return build.equal(aten.slice.Tensor, given["self"], given["dim"], start, start + length)
 
 
 @spelling(aten.stack)
-def cat_from_stack(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def cat_from_stack(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`stack([a, b], d)` is `cat([unsqueeze(a, d), unsqueeze(b, d)], d)`."""
     dim = given["dim"]
-    return make(aten.cat.default, [make(aten.unsqueeze.default, x, dim) for x in given["tensors"]], dim)
+    return build.call(
+        aten.cat.default, [build.call(aten.unsqueeze.default, x, dim) for x in given["tensors"]], dim
+    )
 
 
 @spelling(aten.concat, aten.concatenate)
-def cat_from_concat(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def cat_from_concat(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`concat` is `cat`."""
-    return make(aten.cat.default, given["tensors"], given["dim"]) if type(given["dim"]) is int else None
+    return build.call(aten.cat.default, given["tensors"], given["dim"]) if type(given["dim"]) is int else None
 
 
 @spelling(aten.cat)
-def flatten_cat(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def flatten_cat(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`cat([cat([a, b], d), c], d)` is `cat([a, b, c], d)`, where nobody else uses the inner one."""
     dim, dtype = given["dim"], node.meta["val"].dtype
     new: list[fx.Node] = []
     for x in given["tensors"]:
         inner = x.target is aten.cat.default and len(x.users) == 1 and _dim(x) == dim
         new += arguments(x)["tensors"] if inner and _val(x).dtype == dtype else [x]
-    return make(aten.cat.default, new, dim) if len(new) > len(given["tensors"]) else None
+    return build.call(aten.cat.default, new, dim) if len(new) > len(given["tensors"]) else None
 
 
 @spelling(aten.t, aten.transpose, aten.swapaxes, aten.swapdims, aten.numpy_T, aten.mT)
-def permute_from_transpose(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def permute_from_transpose(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`t(x)` and `transpose(x, a, b)` are `permute`."""
     source = node.args[0]
     order = list(range(_val(source).ndim))
     if len(order) < 2:
         return None
     if node.target is aten.numpy_T.default:
-        return make(aten.permute.default, source, order[::-1])
+        return build.equal(aten.permute.default, source, order[::-1])
     a, b = node.args[1:3] if len(node.args) == 3 else (-2, -1)
     order[a], order[b] = order[b], order[a]  # type: ignore[index]
-    return make(aten.permute.default, source, order)
+    return build.equal(aten.permute.default, source, order)
 
 
 @spelling(aten.permute)
-def join_permutes(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def join_permutes(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`permute(permute(x, p), q)` is one `permute`, and `permute(x, [0, 1, 2])` is `x`."""
     source, order = given["self"], given["dims"]
     if order == list(range(len(order))):
@@ -163,11 +165,11 @@ def join_permutes(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node |
     if source.target is not aten.permute.default:
         return None
     first, rank = source.args[1], len(order)
-    return make(aten.permute.default, source.args[0], [first[d] % rank for d in order])
+    return build.equal(aten.permute.default, source.args[0], [first[d] % rank for d in order])
 
 
 @spelling(aten.squeeze)
-def drop_unsqueeze_squeeze(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def drop_unsqueeze_squeeze(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`squeeze(unsqueeze(x, d), d)` is `x`."""
     source, dims = given["self"], given.get("dim")
     if source.target is not aten.unsqueeze.default or dims not in (_dim(source), [_dim(source)]):
@@ -176,7 +178,7 @@ def drop_unsqueeze_squeeze(node: fx.Node, given: dict[str, Any], make: Make) -> 
 
 
 @spelling(aten.unsqueeze)
-def drop_squeeze_unsqueeze(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def drop_squeeze_unsqueeze(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`unsqueeze(squeeze(x, d), d)` is `x` if dimension d of `x` is 1."""
     source, dim = given["self"], given["dim"]
     if source.target is not aten.squeeze.dim or _dim(source) != dim:
@@ -186,37 +188,37 @@ def drop_squeeze_unsqueeze(node: fx.Node, given: dict[str, Any], make: Make) -> 
 
 
 @spelling(aten.reshape, aten.flatten, aten.view_as, aten.reshape_as, aten.unflatten)
-def view_from_reshape(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def view_from_reshape(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`reshape`, `flatten` and `unflatten` are `view` where they copy nothing."""
     source, new = node.args[0], node.meta["val"]
     if set(storages(source)) != set(storages(node)):
         return None
     if node.target is aten.reshape.default:
-        return make(aten.view.default, source, given["shape"])
+        return build.equal(aten.view.default, source, given["shape"])
     shape = list(new.shape)
     unknown = [i for i, size in enumerate(shape) if not isinstance(size, int)]
     if len(unknown) == 1 and 0 not in shape:
         shape[unknown[0]] = -1
-    return make(aten.view.default, source, shape)
+    return build.equal(aten.view.default, source, shape)
 
 
 @spelling(aten.expand_as, aten.broadcast_to)
-def expand_from_expand_as(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def expand_from_expand_as(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`expand_as` and `broadcast_to` are `expand`."""
-    return make(aten.expand.default, node.args[0], list(node.meta["val"].shape))
+    return build.equal(aten.expand.default, node.args[0], list(node.meta["val"].shape))
 
 
 @spelling(aten.square, aten.mul)
-def pow_from_square(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def pow_from_square(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`square(x)` and `x * x` are `pow(x, 2)`; so are their gradients, since doubling is exact."""
     x = given["self"]
     if given.get("other", x) is not x or not node.meta["val"].dtype.is_floating_point:
         return None
-    return make(aten.pow.Tensor_Scalar, x, 2)
+    return build.equal(aten.pow.Tensor_Scalar, x, 2)
 
 
 @spelling(aten.einsum)
-def bmm_from_einsum(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node | None:
+def bmm_from_einsum(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`einsum("bl,bld->bd", m, x)` is `squeeze(bmm(unsqueeze(m, 1), x), 1)`: as `einsum` itself does it.
 
     For two operands with one batch letter in front, one contracted letter, and at most one more letter each.
@@ -234,18 +236,18 @@ def bmm_from_einsum(node: fx.Node, given: dict[str, Any], make: Make) -> fx.Node
     (k,) = summed
     if not all(same(_val(x).shape[a.index(c)], _val(y).shape[b.index(c)]) for c in (batch, k)):
         return None
-    new = make(aten.bmm.default, _matrix(x, a, k, -1, make), _matrix(y, b, k, 1, make))
+    new = build.call(aten.bmm.default, _matrix(x, a, k, -1, build), _matrix(y, b, k, 1, build))
     for dim in (2, 1):
-        new = new if free[dim - 1] else make(aten.squeeze.dim, new, dim)
+        new = new if free[dim - 1] else build.call(aten.squeeze.dim, new, dim)
     return new
 
 
-def _matrix(x: fx.Node, term: str, summed: str, place: int, make: Make) -> fx.Node:
+def _matrix(x: fx.Node, term: str, summed: str, place: int, build: Builder) -> fx.Node:
     """`x` as [batch, rows, columns] with the summed letter last (place -1) or second (place 1)."""
     if len(term) == 2:
-        return make(aten.unsqueeze.default, x, 1 if place == -1 else 2)
+        return build.call(aten.unsqueeze.default, x, 1 if place == -1 else 2)
     swap = term.index(summed) != place % 3
-    return make(aten.permute.default, x, [0, 2, 1]) if swap else x
+    return build.call(aten.permute.default, x, [0, 2, 1]) if swap else x
 
 
 def _int(size: Any) -> Any:

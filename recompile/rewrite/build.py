@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverloadPacket
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 
 from recompile.errors import RecompileError
@@ -45,20 +45,18 @@ class Builder:
             RecompileError: the operator does not take these arguments.
             Refuse: a SymInt is no dimension of a tensor at hand.
         """
-        tensors = list(_nodes((args, kwargs)))
-        args, kwargs = self._sizes((args, kwargs), tensors)
-        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        if isinstance(target, OpOverloadPacket):
-            target = overload_for(target, *values[0], **values[1])
-        graph, last = self.after.graph, self.made[-1] if self.made else self.after
-        with graph.inserting_after(last):
-            node = graph.create_node("call_function", target, args, kwargs, name=op_name(target))
-        self.made.append(node)
-        node.meta.update({key: value for key, value in self.like.meta.items() if key not in _OWN_META})
-        if self.rule:
-            node.meta["recompile_rule"] = self.rule
-        self.effects.adopt(node, self.after)
+        node = self._add(target, args, kwargs)
         self.refresh(node)
+        return node
+
+    def equal(self, target: OpOverload, *args: Any) -> fx.Node:
+        """The same for a call whose value is known to be that of `like`, in layout and memory too.
+
+        It costs nothing, where running an operator on dynamic sizes takes milliseconds.
+        """
+        node = self._add(target, args, {})
+        node.meta["val"] = self.like.meta["val"]
+        self.effects.learn(node)
         return node
 
     def refresh(self, node: fx.Node) -> None:
@@ -71,6 +69,22 @@ class Builder:
                 given = ", ".join(map(_show, args))
                 raise RecompileError(f"{op_name(node.target)}({given}) fails: {error}") from error
         self.effects.learn(node)
+
+    def _add(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        tensors = list(_nodes((args, kwargs)))
+        args, kwargs = self._sizes((args, kwargs), tensors)
+        if isinstance(target, OpOverloadPacket):
+            values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+            target = overload_for(target, *values[0], **values[1])
+        graph, last = self.after.graph, self.made[-1] if self.made else self.after
+        with graph.inserting_after(last):
+            node = graph.create_node("call_function", target, args, kwargs, name=op_name(target))
+        self.made.append(node)
+        node.meta.update({key: value for key, value in self.like.meta.items() if key not in _OWN_META})
+        if self.rule:
+            node.meta["recompile_rule"] = self.rule
+        self.effects.adopt(node, self.after)
+        return node
 
     def discard(self) -> None:
         """Erase the new nodes that nobody uses."""

@@ -151,6 +151,10 @@ class Effects:
         """Whether anything in the graph writes to the memory of `node`."""
         return any(storage in self._writes for storage in storages(node))
 
+    def writers(self, storage: int) -> list[fx.Node]:
+        """The nodes that write to this memory, in order."""
+        return [self._by_order[place] for place in self._writes.get(storage, ())]
+
     def _exposed(self, storage: int, old: fx.Node, after: set[int]) -> bool:
         others = storage in self._held or (self._outputs[storage] > 1 and self._shared({storage}, [old]))
         return others or any(s in self._held or self._outputs[s] for s in after)

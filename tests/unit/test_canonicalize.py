@@ -56,6 +56,8 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {  # of x[2, 3, 4
     "unbind": (lambda x: x.unbind(1)[1], "select"),
     "split": (lambda x: x.split(2, 1)[1], "slice"),
     "split by sizes": (lambda x: x.split([1, 2], 1)[1], "slice"),
+    "last of unequal pieces": (lambda x: x.tensor_split(2, 1)[1], "slice"),
+    "last chunk": (lambda x: x.chunk(2, 1)[-1], "slice"),
     "chunk": (lambda x: x.chunk(2, -1)[0], "slice"),
     "narrow": (lambda x: x.narrow(1, 1, 2), "slice"),
     "stack": (lambda x: torch.stack([x, x], -1), "unsqueeze unsqueeze cat"),
