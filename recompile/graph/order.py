@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import fx
 
 from .walls import is_random, is_wall
 
 
-def segments(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For each node the number of walls before it: what stands in one segment may be moved within it."""
-    found, walls = {}, 0
-    for node in graph.nodes:
-        walls += is_wall(node)
-        found[node] = walls
-        walls += is_wall(node)
-    return found
-
-
-def depths(graph: fx.Graph, of: Iterable[fx.Node]) -> dict[fx.Node, int]:
+def depths(needs: Mapping[fx.Node, Iterable[fx.Node]], of: Iterable[fx.Node]) -> dict[fx.Node, int]:
     """How many of the nodes `of` lie on the longest path to each node, itself included.
 
     Two of them with the same depth do not depend on each other, so nodes of one depth can become one node
     without a cycle.
+
+    Args:
+        needs: what each node depends on; nodes come after what they depend on.
     """
     counted, found = set(of), dict[fx.Node, int]()
-    for node in graph.nodes:
-        found[node] = max((found[i] for i in node.all_input_nodes), default=0) + (node in counted)
+    for node, before in needs.items():
+        found[node] = max((found[i] for i in before), default=0) + (node in counted)
     return found
-
-
-def sort(graph: fx.Graph, segment: dict[fx.Node, int]) -> None:
-    """Puts the nodes in a dependence order, each as near to its old place as it can be, within its segment.
-
-    Random operators keep their order: eager draws their numbers in it.
-    """
-    nodes = list(graph.nodes)
-    place = {node: k for k, node in enumerate(nodes)}
-    waits: dict[fx.Node, int] = {}
-    followers: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
-    last_random: fx.Node | None = None
-    for node in nodes:
-        needs = list(node.all_input_nodes)
-        if is_random(node):
-            needs += [last_random] if last_random is not None else []
-            last_random = node
-        waits[node] = len(needs)
-        for other in needs:
-            followers[other].append(node)
-    ready = [(segment[n], place[n]) for n in nodes if not waits[n]]
-    heapq.heapify(ready)
-    end = graph._root
-    while ready:
-        node = nodes[heapq.heappop(ready)[1]]
-        if end.next is not node:
-            end.append(node)
-        end = node
-        for follower in followers[node]:
-            waits[follower] -= 1
-            if not waits[follower]:
-                heapq.heappush(ready, (segment[follower], place[follower]))
 
 
 def erase(node: fx.Node) -> None:

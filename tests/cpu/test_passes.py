@@ -205,3 +205,55 @@ def test_passes_can_be_switched_off():
         options={"passes": "default,-fuse-lookups"},
     )
     assert not graph.regions
+
+
+def test_reads_of_memory_that_a_lookup_was_written_to_come_later():
+    class Through(nn.Module):
+        """The second lookup's ids depend on the first only through memory."""
+
+        def __init__(self):
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(20, 4) for _ in range(4)).double()
+
+        def forward(self, x):
+            box = torch.zeros(x.shape[0], 8, dtype=torch.float64)
+            a = torch.cat([self.tables[0](x[:, 0]), self.tables[1](x[:, 1])], 1)
+            box.add_(a)
+            ids = box.argmax(1)
+            return a + torch.cat([self.tables[2](ids), self.tables[3](ids)], 1)
+
+    graph = run(Through(), lambda b: (torch.randint(0, 20, (b, 2)),))
+    assert len(graph.regions) == 2
+
+
+def test_writes_elsewhere_do_not_split_a_group():
+    class Logit(nn.Module):
+        """A sum kept by `+=`, as deepctr's linear part writes it, between the lookups and their concatenation."""
+
+        def __init__(self):
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(20, d) for d in (4, 4, 1, 1)).double()
+
+        def forward(self, x):
+            e = [t(x[:, i]) for i, t in enumerate(self.tables)]
+            logit = torch.zeros(x.shape[0], 1, dtype=torch.float64)
+            logit += torch.cat(e[2:], 1).sum(1, keepdim=True)
+            return torch.cat(e[:2], 1) * logit
+
+    graph = run(Logit(), lambda b: (torch.randint(0, 20, (b, 4)),))
+    assert [r.summary for r in graph.regions] == ["4 bags over 4 tables -> concat, sum"]
+
+
+def test_a_concatenation_that_waits_for_other_values_is_split():
+    class Waits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(20, 4) for _ in range(3)).double()
+            self.top = nn.Linear(4, 4).double()
+
+        def forward(self, x):
+            e = [t(x[:, i]) for i, t in enumerate(self.tables)]
+            return torch.cat([e[0], e[1], self.top(e[2])], 1)
+
+    graph = run(Waits(), lambda b: (torch.randint(0, 20, (b, 3)),))
+    assert [r.summary for r in graph.regions] == ["3 bags over 3 tables -> concat, concat"]
