@@ -17,7 +17,6 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from recompile.rewrite import Builder, arguments, same, same_strides
-from recompile.rewrite.effects import storages
 from recompile.torch_private.symbols import constant
 
 aten = torch.ops.aten
@@ -55,14 +54,17 @@ def drop_no_op(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node 
         return None
     if not same(old.shape, new.shape) or not same_strides(old, new):
         return None
+    if _lays_out(node, given) and not _layout_is_known(source):  # type: ignore[arg-type]
+        return None
     return source  # type: ignore[return-value]
 
 
 @spelling(aten.cat, aten.concat, aten.concatenate)
 def drop_cat_of_one(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`cat([x])` is `x`."""
-    tensors = given["tensors"]
-    return tensors[0] if len(tensors) == 1 and same_strides(_val(tensors[0]), node.meta["val"]) else None
+    first, *others = given["tensors"]
+    laid_out = same_strides(_val(first), node.meta["val"]) and _layout_is_known(first)
+    return first if laid_out and not others else None
 
 
 @spelling(aten.type_as, aten.to, aten._to_copy)
@@ -70,7 +72,7 @@ def cast_to_dtype(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.No
     """A cast that changes nothing but the dtype is `to.dtype(x, dtype)`."""
     source, new = node.args[0], node.meta["val"]
     old = _val(source)
-    if node.target is aten.to.dtype or old.dtype == new.dtype:
+    if node.target is aten.to.dtype or old.dtype == new.dtype or _lays_out(node, given):
         return None
     if (old.device, old.layout) != (new.device, new.layout) or not same_strides(old, new):
         return None
@@ -187,19 +189,22 @@ def drop_squeeze_unsqueeze(node: fx.Node, given: dict[str, Any], build: Builder)
     return before if same(_val(before).shape, node.meta["val"].shape) else None
 
 
-@spelling(aten.reshape, aten.flatten, aten.view_as, aten.reshape_as, aten.unflatten)
-def view_from_reshape(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
-    """`reshape`, `flatten` and `unflatten` are `view` where they copy nothing."""
-    source, new = node.args[0], node.meta["val"]
-    if set(storages(source)) != set(storages(node)):
+@spelling(aten.view, aten.flatten, aten.view_as, aten.reshape_as, aten.unflatten)
+def reshape_from_view(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`view`, `flatten` and `unflatten` are `reshape`.
+
+    Not the other way round: fake tensors do not always know whether `reshape` copies. On a CPU, eager's
+    `batch_norm` of a permuted tensor is laid out otherwise than its fake tensor, and a `view` of it fails.
+    """
+    source, shape = node.args[0], list(node.meta["val"].shape)
+    if node.target is aten.view.default:
+        return build.equal(aten.reshape.default, source, given["size"])
+    if node.target is aten.view.dtype:
         return None
-    if node.target is aten.reshape.default:
-        return build.equal(aten.view.default, source, given["shape"])
-    shape = list(new.shape)
     unknown = [i for i, size in enumerate(shape) if not isinstance(size, int)]
     if len(unknown) == 1 and 0 not in shape:
         shape[unknown[0]] = -1
-    return build.equal(aten.view.default, source, shape)
+    return build.equal(aten.reshape.default, source, shape)
 
 
 @spelling(aten.expand_as, aten.broadcast_to)
@@ -248,6 +253,36 @@ def _matrix(x: fx.Node, term: str, summed: str, place: int, build: Builder) -> f
         return build.call(aten.unsqueeze.default, x, 1 if place == -1 else 2)
     swap = term.index(summed) != place % 3
     return build.call(aten.permute.default, x, [0, 2, 1]) if swap else x
+
+
+def _lays_out(node: fx.Node, given: dict[str, Any]) -> bool:
+    """Whether the call asks for a memory format."""
+    return node.target is aten.contiguous.default or given.get("memory_format") not in (
+        None,
+        torch.preserve_format,
+    )
+
+
+_CONTIGUOUS = {aten.embedding, aten.linear, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.contiguous}
+
+
+def _layout_is_known(node: fx.Node) -> bool:
+    """Whether eager surely lays out `node` as its fake tensor says: see `reshape_from_view`."""
+    todo, seen = [node], {node}
+    while todo:
+        node = todo.pop()
+        target = node.target
+        if node.op != "call_function" or getattr(target, "overloadpacket", None) in _CONTIGUOUS:
+            continue
+        if not isinstance(target, OpOverload) or not (torch.Tag.pointwise in target.tags or _is_view(target)):
+            return False
+        todo += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return True
+
+
+def _is_view(op: OpOverload) -> bool:
+    return any(result.alias_info is not None for result in op._schema.returns) or op is aten.cat.default
 
 
 def _int(size: Any) -> Any:

@@ -89,7 +89,15 @@ def test_bad_settings_are_errors(given, sentence):
 
 def test_mode_reaches_inductor(settings):
     torch.compile(Tower(), backend="recompile", mode="max-autotune-no-cudagraphs")(ids())
-    assert settings == [torch._inductor.list_mode_options("max-autotune-no-cudagraphs")]
+    mode = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+    assert settings == [mode | {"size_asserts": False}]  # the latter is ours, for a graph with a region
+
+
+def test_size_asserts_stay_where_nothing_is_fused_or_the_user_asks(settings):
+    torch.compile(torch.nn.Linear(2, 2), backend="recompile")(torch.randn(1, 2))
+    options = {"inductor": {"size_asserts": True}}
+    torch.compile(Tower(), backend="recompile", options=options)(ids())
+    assert not settings[0] and settings[1]["size_asserts"] is True
 
 
 def test_inductor_settings_win_over_mode(settings):

@@ -71,11 +71,13 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {  # of x[2, 3, 4
     "transpose there and back": (lambda x: x.transpose(1, 2).transpose(-1, -2), ""),
     "unsqueeze, squeeze": (lambda x: x.unsqueeze(1).squeeze(1), ""),
     "squeeze, unsqueeze": (lambda x: x[:, :1].squeeze(1).unsqueeze(1), "slice"),
-    "flatten": (lambda x: x.flatten(1), "view"),
-    "reshape": (lambda x: x.reshape(-1, 4), "view"),
+    "flatten": (lambda x: x.flatten(1), "reshape"),
+    "reshape": (lambda x: x.reshape(-1, 4), "reshape"),
+    "view": (lambda x: x.view(-1, 4), "reshape"),
+    "view as integers": (lambda x: x.view(torch.int32).view(torch.float32), "view view"),
     "reshape that copies": (lambda x: x.transpose(1, 2).reshape(2, -1), "permute reshape"),
-    "unflatten": (lambda x: x.unflatten(2, (2, 2)), "view"),
-    "view_as": (lambda x: x.flatten().view_as(x), "view view"),
+    "unflatten": (lambda x: x.unflatten(2, (2, 2)), "reshape"),
+    "view_as": (lambda x: x.flatten().view_as(x), "reshape reshape"),
     "expand_as": (lambda x: x[:, :, :1].expand_as(x), "slice expand"),
     "type_as": (lambda x: x.type_as(torch.empty(0, dtype=torch.float64)), "to"),
     "square": (lambda x: torch.square(x), "pow"),
@@ -134,7 +136,7 @@ def test_dynamic_sizes_stay_dynamic() -> None:
 
     gm, ctx = run(function, torch.randn(3, 1, 5), mode="symbolic")
     x = torch.randn(7, 1, 9)
-    assert torch.equal(gm(x), function(x)) and ctx.rules["view-from-reshape"].fired
+    assert torch.equal(gm(x), function(x)) and ctx.rules["reshape-from-view"].fired
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,21 @@ def test_a_copy_stays_where_something_is_written(function: Callable[..., Any]) -
     x = torch.randn(2, 3, 4)
     gm, _ = run(function, x)
     assert torch.equal(gm(x.clone()), function(x.clone()))
+
+
+def test_contiguous_stays_where_eager_lays_out_otherwise_than_its_fake_tensor() -> None:
+    def function(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        y = F.batch_norm(x.sin().permute(0, 2, 1), mean, var)
+        return (
+            y.contiguous().sin()
+            + F.batch_norm(x.permute(0, 2, 1), mean, var).permute(0, 2, 1).reshape(-1, 3)[0, 0]
+        )
+
+    args = torch.randn(2, 4, 3), torch.zeros(3), torch.ones(3)
+    gm, _ = run(function, *args)
+    targets = [n.target for n in gm.graph.nodes]
+    assert aten.contiguous.default in targets and aten.view.default not in targets
+    assert torch.equal(gm(*args), function(*args))
 
 
 def test_training_dropout_stays() -> None:
