@@ -50,7 +50,7 @@ class CppRegion(ir.ExternKernel):
     def __init__(self, title: str, inputs: Sequence[Any], outputs: Sequence[Any], render: Render) -> None:
         buffers = [realize(x) for x in inputs]
         targets = [realize(x) for x in outputs]
-        nodes = self.unwrap_storage([*buffers, *targets])
+        nodes: list[Any] = list(self.unwrap_storage([*buffers, *targets]))
         device = outputs[0].get_device()
         super().__init__(None, ir.NoneLayout(device=device), nodes)
         self.title, self.render, self.n_inputs, self.device = title, render, len(inputs), device
@@ -108,4 +108,4 @@ def _expression(value: Any, args: KernelArgs) -> str:
     if expr.is_Integer:
         return str(int(expr))
     names = {s: sympy.Symbol(args.size(s), integer=True) for s in expr.free_symbols}
-    return str(cexpr_index(expr.subs(names)))
+    return str(cexpr_index(expr.subs(names)))  # type: ignore[no-untyped-call]

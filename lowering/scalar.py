@@ -8,7 +8,8 @@ to an integer, as `.long()` does), and the symbols that the region defines (`x0`
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -88,8 +89,8 @@ def evaluate(expr: sympy.Basic, env: Mapping[str, torch.Tensor]) -> torch.Tensor
     return _apply(expr, args)
 
 
-def _apply(expr: sympy.Basic, args: list[object]) -> torch.Tensor:
-    binary = {
+def _apply(expr: sympy.Basic, args: Sequence[object]) -> torch.Tensor:
+    binary: dict[Any, Callable[..., torch.Tensor]] = {
         sympy.Add: torch.add,
         sympy.Mul: torch.mul,
         sympy.Mod: torch.remainder,
@@ -163,7 +164,7 @@ _TRITON = {
 
 def _print(expr: sympy.Basic, words: Mapping[str, str]) -> str:
     if isinstance(expr, sympy.Symbol):
-        return expr.name
+        return str(expr.name)
     if isinstance(expr, BooleanTrue | BooleanFalse):
         return words["true" if expr else "false"]
     if isinstance(expr, sympy.Number):

@@ -17,6 +17,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -88,12 +89,12 @@ def _rewrite(graph: fx.Graph, group: Group) -> None:
     last = graph.output_node()
     first = group.members[0].value
 
-    def call(target: object, *args: object) -> fx.Node:
+    def call(target: Any, *args: Any) -> fx.Node:
         with graph.inserting_before(last):
-            node = graph.call_function(target, args)  # type: ignore[arg-type]
+            node = graph.call_function(target, args)
         values = fx.node.map_arg(args, lambda n: n.meta["val"])
         with tables[0].meta["val"].fake_mode:
-            node.meta["val"] = target(*values)  # type: ignore[operator]
+            node.meta["val"] = target(*values)
         node.meta["stack_trace"] = first.meta.get("stack_trace")
         group.effects.adopt(node, first)
         group.effects.learn(node)

@@ -1,4 +1,4 @@
-"""A sequence looked up and pooled by hand becomes a bag: masked positions are never read, rows are never written out.
+"""A sequence looked up and pooled by hand becomes a bag: masked positions are never read, rows never written out.
 
     e = embedding(W, ids[B, L])
     sum(e * m, 1), sum(where(m, e, 0), 1), bmm(m[B, 1, L], e), mean(e, 1), ... / (sum(m) + eps)
@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import fx
 
+from recompile.graph.nodes import arg
 from recompile.graph.order import erase
 from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, Output, Table
@@ -80,25 +81,25 @@ class PoolSequences(Pass):
 def pooling(node: fx.Node) -> Pooled | None:
     """What `node` pools, or None if it pools no looked-up sequence."""
     if node.target is aten.bmm.default:
-        mask, rows = node.args
-        one = mask.meta["val"].shape[1]  # type: ignore[union-attr]
-        return Pooled(rows, mask) if _is_lookup(rows) and isinstance(one, int) and one == 1 else None  # type: ignore[arg-type]
+        mask, rows = arg(node, 0), arg(node, 1)
+        one = mask.meta["val"].shape[1]
+        return Pooled(rows, mask) if _is_lookup(rows) and isinstance(one, int) and one == 1 else None
     if node.target not in (aten.sum.dim_IntList, aten.mean.dim) or node.kwargs.get("dtype") is not None:
         return None
-    x, dims = node.args[:2]
-    if x.meta["val"].dim() != 3 or list(dims) not in ([1], [-2]):  # type: ignore[union-attr,call-overload]
+    x, dims = arg(node, 0), arg(node, 1)
+    if x.meta["val"].dim() != 3 or list(dims) not in ([1], [-2]):
         return None
     mean = node.target is aten.mean.dim
     if _is_lookup(x):
-        return Pooled(x, mean=mean)  # type: ignore[arg-type]
-    if x.target is aten.mul.Tensor:  # type: ignore[union-attr]
-        for rows, mask in (x.args, reversed(x.args)):  # type: ignore[union-attr]
+        return Pooled(x, mean=mean)
+    if x.target is aten.mul.Tensor:
+        for rows, mask in (x.args, reversed(x.args)):
             if _is_lookup(rows) and isinstance(mask, fx.Node):
                 return Pooled(rows, mask, mean=mean)
-    if x.target is aten.masked_fill.Scalar and x.args[2] == 0 and _is_lookup(x.args[0]):  # type: ignore[union-attr]
-        return Pooled(x.args[0], masked=x.args[1], mean=mean)  # type: ignore[union-attr,arg-type]
-    if x.target is aten.where.ScalarOther and x.args[2] == 0 and _is_lookup(x.args[1]):  # type: ignore[union-attr]
-        return Pooled(x.args[1], x.args[0], mean=mean)  # type: ignore[union-attr,arg-type]
+    if x.target is aten.masked_fill.Scalar and arg(x, 2) == 0 and _is_lookup(arg(x, 0)):
+        return Pooled(arg(x, 0), masked=arg(x, 1), mean=mean)
+    if x.target is aten.where.ScalarOther and arg(x, 2) == 0 and _is_lookup(arg(x, 1)):
+        return Pooled(arg(x, 1), arg(x, 0), mean=mean)
     return None
 
 
@@ -124,24 +125,24 @@ class _Loads:
         if node.meta["val"].dim() != 2:
             raise Refuse("the mask compares something that is not [B, L]", node)
         base, expr = ids_of(node)
-        return expr.subs(scalar.symbol("x0"), self.symbol(base))  # type: ignore[no-any-return]
+        return expr.subs(scalar.symbol("x0"), self.symbol(base))
 
     def mask(self, node: fx.Node, length: object) -> sympy.Basic:
         """A boolean as an expression; `[B, L]`, `[B, L, 1]` or `[B, 1, L]`."""
-        if node.target in _CASTS and isinstance(node.args[0], fx.Node):
-            return self.mask(node.args[0], length)
+        if node.target in _CASTS and isinstance(arg(node, 0), fx.Node):
+            return self.mask(arg(node, 0), length)
         if node.target is aten.unsqueeze.default:
-            return self.mask(node.args[0], length)  # type: ignore[arg-type]
+            return self.mask(arg(node, 0), length)
         if node.target in (aten.logical_not.default, aten.bitwise_not.default):
-            return sympy.Not(self.mask(node.args[0], length))  # type: ignore[arg-type]
+            return sympy.Not(self.mask(arg(node, 0), length))
         if node.target in (aten.logical_and.default, aten.bitwise_and.Tensor):
-            return sympy.And(*(self.mask(a, length) for a in node.args))  # type: ignore[arg-type]
+            return sympy.And(*(self.mask(arg(node, k), length) for k in (0, 1)))
         if node.meta["val"].dtype is not torch.bool:
             raise Refuse("the multiplier is not a boolean", node)
-        if node.target in _COMPARE and isinstance(node.args[1], int) and not isinstance(node.args[1], bool):
-            return _COMPARE[node.target](self.number(node.args[0]), node.args[1])  # type: ignore[index,arg-type]
+        if node.target in _COMPARE and isinstance(arg(node, 1), int) and not isinstance(arg(node, 1), bool):
+            return _COMPARE[node.target](self.number(arg(node, 0)), arg(node, 1))
         if node.target in _COMPARE_TENSORS:
-            return _COMPARE_TENSORS[node.target](*(self.number(a) for a in node.args))  # type: ignore[index,arg-type]
+            return _COMPARE_TENSORS[node.target](*(self.number(arg(node, k)) for k in (0, 1)))
         if node.meta["val"].dim() == 2:
             return sympy.Ne(self.symbol(node), 0)
         raise Refuse("the mask is not [B, L]", node)
@@ -150,10 +151,10 @@ class _Loads:
 def _is_positions(node: fx.Node) -> bool:
     """`arange(L)`, with or without leading dims of size 1."""
     while node.target is aten.unsqueeze.default:
-        node = node.args[0]  # type: ignore[assignment]
+        node = arg(node, 0)
     if node.target in (aten.arange.default,):
         return True
-    return node.target is aten.arange.start and node.args[0] == 0
+    return node.target is aten.arange.start and arg(node, 0) == 0
 
 
 def _rewrite(node: fx.Node, pooled: Pooled) -> None:
@@ -162,7 +163,7 @@ def _rewrite(node: fx.Node, pooled: Pooled) -> None:
         other = next((u for u in rows.users if u is not node and node not in u.users), next(iter(rows.users)))
         raise Refuse(f"the looked-up rows are also used by {other.name}", rows)
     table = check_table(rows)
-    ids, row = ids_of(rows.args[1])  # type: ignore[arg-type]
+    ids, row = ids_of(arg(rows, 1))
     loads, keep, weight = _Loads(ids), sympy.true, ""
     length = rows.meta["val"].shape[1]
     if pooled.masked is not None:
@@ -170,7 +171,7 @@ def _rewrite(node: fx.Node, pooled: Pooled) -> None:
     elif pooled.mask is not None:
         keep, weight = _mask_or_weight(pooled, loads, length, node)
     divisor, root = ("L", node) if pooled.mean else _division(node, keep, loads, length, weight)
-    padding = rows.args[2] if len(rows.args) > 2 else rows.kwargs.get("padding_idx", -1)
+    padding = arg(rows, 2, rows.kwargs.get("padding_idx", -1))
     bag = Bag(
         0,
         tuple(range(len(loads.nodes))),
@@ -179,7 +180,7 @@ def _rewrite(node: fx.Node, pooled: Pooled) -> None:
         keep=str(keep).lower() if keep in (sympy.true, sympy.false) else str(keep),
         weight=weight,
         divisor=divisor,
-        frozen_row=int(padding),  # type: ignore[arg-type]
+        frozen_row=padding,
     )
     spec = Lookup(
         (Table(table_name(table), int(table.meta["val"].shape[1])),), (bag,), (Output("concat", (0,)),)
@@ -218,9 +219,9 @@ def _division(
     total, user = node, next(iter(node.users)) if len(node.users) == 1 else None
     if user is not None and user.target is aten.squeeze.dim and len(user.users) == 1:
         total, user = user, next(iter(user.users))
-    if user is None or weight or user.target is not aten.div.Tensor or user.args[0] is not total:
+    if user is None or weight or user.target is not aten.div.Tensor or arg(user, 0) is not total:
         return "", node
-    divisor = user.args[1]
+    divisor = arg(user, 1)
     if not isinstance(divisor, fx.Node):
         return "", node
     expr = _count(divisor, keep, loads, length)
@@ -231,27 +232,27 @@ def _division(
 
 def _count(node: fx.Node, keep: sympy.Basic, loads: _Loads, length: object) -> sympy.Basic | None:
     """`node` as an expression of the number of kept positions, or None."""
-    number = node.args[1] if len(node.args) > 1 else None
+    number = arg(node, 1, None)
     if node.target in (aten.add.Tensor, aten.add.Scalar) and isinstance(number, int | float):
-        inner = _count(node.args[0], keep, loads, length)  # type: ignore[arg-type]
+        inner = _count(arg(node, 0), keep, loads, length)
         return None if inner is None else inner + number
     low = number if number is not None else node.kwargs.get("min")
     if node.target in (aten.clamp.default, aten.clamp_min.default) and isinstance(low, int | float):
         if len(node.args) > 2 or "max" in node.kwargs:
             return None
-        inner = _count(node.args[0], keep, loads, length)  # type: ignore[arg-type]
+        inner = _count(arg(node, 0), keep, loads, length)
         return None if inner is None else sympy.Max(inner, low)
     if node.target in _CASTS or node.target is aten.unsqueeze.default:
-        return _count(node.args[0], keep, loads, length)  # type: ignore[arg-type]
-    if node.target is not aten.sum.dim_IntList or len(number) != 1:  # type: ignore[arg-type]
+        return _count(arg(node, 0), keep, loads, length)
+    if node.target is not aten.sum.dim_IntList or len(number) != 1:
         return None
     known = len(loads.nodes)
-    counted = node.args[0]
+    counted = arg(node, 0)
     try:
-        same = loads.mask(counted, length) == keep  # type: ignore[arg-type]
+        same = loads.mask(counted, length) == keep
     except Refuse:
         same = False
     del loads.nodes[known:]
-    shape = counted.meta["val"].shape  # type: ignore[union-attr]
-    over = str(shape[number[0]]) == str(length)  # type: ignore[index]
+    shape = counted.meta["val"].shape
+    over = str(shape[number[0]]) == str(length)
     return scalar.symbol("count") if same and over else None

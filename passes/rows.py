@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from recompile.graph.nodes import arg
 from recompile.rewrite import Effects
 
 from .bags import Found
@@ -72,16 +73,16 @@ class Group:
     def _parts(self, user: fx.Node) -> tuple[Part, ...]:
         """The parts of `user`; () if it is no rows."""
         if user.target in RESHAPES:
-            source = user.args[0]
-            same = str(user.meta["val"].shape[:1]) == str(source.meta["val"].shape[:1])  # type: ignore[union-attr]
-            return self.rows[source] if same else ()  # type: ignore[index]
+            source = arg(user, 0)
+            same = str(user.meta["val"].shape[:1]) == str(source.meta["val"].shape[:1])
+            return self.rows[source] if same else ()
         if not _joins_features(user):
             return ()
         parts: list[Part] = []
-        for x in user.args[0]:  # type: ignore[union-attr]
-            if x not in self.rows and not self._copyable(x, user):  # type: ignore[arg-type]
+        for x in arg(user, 0):
+            if x not in self.rows and not self._copyable(x, user):
                 return ()
-            parts += self.rows.get(x, (x,))  # type: ignore[arg-type]
+            parts += self.rows.get(x, (x,))
         return tuple(parts)
 
     def _copyable(self, x: fx.Node, user: fx.Node) -> bool:
@@ -97,21 +98,21 @@ class Group:
             return
         done: list[fx.Node] = []
         run: list[fx.Node] = []
-        for x in [*user.args[0], None]:  # type: ignore[misc,union-attr]
+        for x in [*arg(user, 0), None]:
             if x in self.rows:
-                run.append(x)  # type: ignore[arg-type]
+                run.append(x)
                 continue
             done += [self._join(run, user)] if len(run) > 1 else run
             run = []
-            done += [x] if x is not None else []  # type: ignore[list-item]
+            done += [x] if x is not None else []
         user.update_arg(0, done)
 
     def _join(self, run: list[fx.Node], like: fx.Node) -> fx.Node:
         with like.graph.inserting_before(like):
-            node = like.graph.call_function(aten.cat.default, (run, like.args[1]))
+            node = like.graph.call_function(aten.cat.default, (run, arg(like, 1)))
         vals = [x.meta["val"] for x in run]
         with vals[0].fake_mode:
-            node.meta["val"] = aten.cat.default(vals, like.args[1])
+            node.meta["val"] = aten.cat.default(vals, arg(like, 1))
         node.meta["stack_trace"] = like.meta.get("stack_trace")
         self.effects.adopt(node, like)
         self.effects.learn(node)
@@ -126,7 +127,7 @@ class Group:
         if not self._moves(total) or not _sums_fields(total, rows):
             return
         val = rows.meta["val"]
-        width = math.prod(val.shape[total.args[1][0] % val.dim() + 1 :])  # type: ignore[index,operator]
+        width = math.prod(val.shape[arg(total, 1)[0] % val.dim() + 1 :])
         for part in self.rows[rows]:
             if isinstance(part, fx.Node) or part.table.meta["val"].shape[1] % width:
                 return
@@ -147,24 +148,24 @@ def _joins_features(node: fx.Node) -> bool:
     """Whether `node` concatenates so that a sample's inputs stand side by side."""
     if node.target is not aten.cat.default:
         return False
-    dim = node.args[1] if len(node.args) > 1 else 0
+    dim = arg(node, 1, 0)
     shape = node.meta["val"].shape
-    dim = dim % len(shape)  # type: ignore[operator]
+    dim = dim % len(shape)
     return dim > 0 and all(s == 1 for s in shape[1:dim])
 
 
 def _is_square(node: fx.Node) -> bool:
     if node.target is aten.pow.Tensor_Scalar:
-        return node.args[1] == 2
-    return node.target is aten.mul.Tensor and node.args[0] is node.args[1]
+        return bool(arg(node, 1) == 2)
+    return node.target is aten.mul.Tensor and arg(node, 0) is arg(node, 1)
 
 
 def _sums_fields(node: fx.Node, rows: fx.Node) -> bool:
     """Whether `node` sums dim F of `[B, 1, ..., F, ...]`, in the dtype of its input."""
     if node.target is not aten.sum.dim_IntList or node.kwargs.get("dtype") is not None:
         return False
-    val, dims = rows.meta["val"], node.args[1]
-    if val.dim() < 2 or len(dims) != 1 or not all(isinstance(s, int) for s in val.shape[1:]):  # type: ignore[arg-type]
+    val, dims = rows.meta["val"], arg(node, 1)
+    if val.dim() < 2 or len(dims) != 1 or not all(isinstance(s, int) for s in val.shape[1:]):
         return False
-    dim = dims[0] % val.dim()  # type: ignore[index,operator]
-    return dim >= 1 and all(s == 1 for s in val.shape[1:dim]) and node.meta["val"].dtype == val.dtype
+    dim = dims[0] % val.dim()
+    return bool(dim >= 1 and all(s == 1 for s in val.shape[1:dim]) and node.meta["val"].dtype == val.dtype)

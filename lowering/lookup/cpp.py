@@ -272,8 +272,11 @@ def forward(
         name = f"class{c}"
         functions.append(_forward(name, shape))
         rows = [
-            bag_values(j, spec.bags[j], weights[spec.bags[j].table], sources)
-            + [places[j].pointer, places[j].stride]
+            [
+                *bag_values(j, spec.bags[j], weights[spec.bags[j].table], sources),
+                places[j].pointer,
+                places[j].stride,
+            ]
             for j in members
         ]
         listed = ",\n    ".join("{" + ", ".join(r) + "}" for r in rows)
@@ -364,7 +367,8 @@ def _second_phase(
     threads: int,
 ) -> str:
     """Copies and sums over fields, sample by sample, from what the first phase wrote."""
-    tables, steps = [], []
+    tables: list[str] = []
+    steps: list[tuple[int, str]] = []
     for o, out in enumerate(spec.outputs):
         groups: dict[str, list[str]] = defaultdict(list)
         for k, p in enumerate(out.parts):

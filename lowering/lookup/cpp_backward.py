@@ -101,7 +101,7 @@ def _values(
     rows: Mapping[int, Operand],
     weighted: Mapping[int, Operand],
 ) -> list[str]:
-    values = bag_values(j, bag, weights[bag.table], sources) + [str(bag.frozen_row)]
+    values = [*bag_values(j, bag, weights[bag.table], sources), str(bag.frozen_row)]
     values.append(rows[bag.table].pointer if bag.table in rows else "nullptr")
     if bag.weight and bag.loads[1] in weighted:
         out = weighted[bag.loads[1]]

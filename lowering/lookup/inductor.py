@@ -11,7 +11,7 @@ from recompile.lowering.lookup import cpp, cpp_backward, op
 from recompile.lowering.lookup.spec import Lookup
 
 
-@register_lowering(op.LOOKUP, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+@register_lowering(op.LOOKUP, type_promotion_kind=None)
 def _lookup(weights: list[Any], sources: list[Any], spec: str) -> list[Any]:
     group = Lookup.parse(spec)
     device = weights[0].get_device()
@@ -33,7 +33,7 @@ def _lookup(weights: list[Any], sources: list[Any], spec: str) -> list[Any]:
     return outs
 
 
-@register_lowering(op.LOOKUP_BACKWARD, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+@register_lowering(op.LOOKUP_BACKWARD, type_promotion_kind=None)
 def _lookup_backward(
     grads: list[Any], weights: list[Any], sources: list[Any], spec: str, tables: list[int], loads: list[int]
 ) -> list[Any]:
@@ -72,7 +72,7 @@ def _dtype(out: Any, group: Lookup, weights: list[Any], sources: list[Any]) -> t
     found = [
         weights[group.bags[p].table].get_dtype() if p >= 0 else sources[~p].get_dtype() for p in out.parts
     ]
-    result = found[0]
+    result: torch.dtype = found[0]
     for dtype in found[1:]:
         result = torch.promote_types(result, dtype)
     return result

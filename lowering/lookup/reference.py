@@ -1,4 +1,4 @@
-"""The lookup op in plain PyTorch: its documentation, the oracle of its tests, and the fallback where no kernel exists."""
+"""The lookup op in plain PyTorch: its documentation, the oracle of its tests, the fallback without a kernel."""
 
 from collections.abc import Sequence
 

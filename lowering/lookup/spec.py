@@ -19,6 +19,7 @@ An *output* is what consumers wanted: bags side by side, or their sum, or the su
 import ast
 import functools
 from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from recompile.lowering.fingerprint import fingerprint
 
@@ -89,14 +90,14 @@ class Lookup:
         return value
 
 
-_TYPES = {cls.__name__: cls for cls in (Table, Bag, Output, Lookup)}
+_TYPES: dict[str, Any] = {cls.__name__: cls for cls in (Table, Bag, Output, Lookup)}
 
 
-def _text(value: object) -> str:
+def _text(value: Any) -> str:
     if type(value).__name__ in _TYPES:
         shown = [
             f"{f.name}={_text(getattr(value, f.name))}"
-            for f in fields(value)  # type: ignore[arg-type]
+            for f in fields(value)
             if f.default is MISSING or getattr(value, f.name) != f.default
         ]
         return f"{type(value).__name__}({', '.join(shown)})"
@@ -105,7 +106,7 @@ def _text(value: object) -> str:
     return repr(value)
 
 
-def _value(node: ast.expr) -> object:
+def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _TYPES:
         return _TYPES[node.func.id](**{k.arg: _value(k.value) for k in node.keywords if k.arg})
     if isinstance(node, ast.Tuple):

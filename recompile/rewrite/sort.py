@@ -16,7 +16,8 @@ def dependences(graph: fx.Graph, effects: Effects) -> dict[fx.Node, set[fx.Node]
     """For each node, in the graph's order, what must come before it.
 
     Beside its arguments these are: what touched memory that it writes, and who wrote memory that it
-    touches; the effect before it, if it has one (eager draws random numbers in that order); and the walls of unknown effect.
+    touches; the effect before it, if it has one (eager draws random numbers in that order); and
+    the walls of unknown effect.
 
     Args:
         effects: of the graph before a rewrite; nodes made since were adopted, and read nothing that is written.
