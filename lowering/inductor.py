@@ -16,7 +16,7 @@ from torch._inductor.lowering import empty_strided
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 
-from recompile.lowering.lookup.cpp import Operand
+from recompile.lowering.lookup.cpp_common import Operand
 
 Render = Callable[[Sequence[Operand], Sequence[Operand], int], tuple[str, str]]
 
@@ -28,6 +28,7 @@ _HEADER = """#include <torch/csrc/inductor/cpp_prefix.h>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 """
 
 

@@ -2,7 +2,7 @@
 
 Bags that differ only in their pointers and strides form a class and share a function, so the text grows with the
 number of classes, not of tables. Work is cut into (bag, run of samples): a thread stays with one table for as long as
-it can, which keeps the address translations of large tables warm. A row is fetched one sample ahead.
+it can, which keeps the address translations of large tables warm. A row is fetched a few samples ahead.
 Ids are checked before a row's address is formed; the first bad one is thrown after the parallel loop.
 """
 
@@ -10,205 +10,125 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recompile.lowering import scalar
-from recompile.lowering.lookup.spec import Bag, Lookup
+from recompile.lowering.lookup.cpp_common import (
+    HELPERS,
+    Operand,
+    Shape,
+    bag_fields,
+    bag_values,
+    count,
+    describe,
+    expression,
+    loads,
+    part_width,
+    positions,
+    row,
+    shape_of,
+    skip,
+    width,
+)
+from recompile.lowering.lookup.spec import Lookup
 
 # Below this many bytes of rows one thread is faster than starting two (about 5 us, two cores of a 2.6 GHz Xeon).
 PARALLEL_BYTES = 1 << 16
 # Samples in one unit of work.
 RUN = 256
 
-HELPERS = """
-template <typename A, typename B> inline auto recompile_mod(A a, B b) { auto m = a % b; return m < 0 ? m + b : m; }
-template <typename A, typename B> inline auto recompile_max(A a, B b) { return a > b ? a : b; }
-template <typename A, typename B> inline auto recompile_min(A a, B b) { return a < b ? a : b; }
-// The first id out of range, or offset out of order, that any thread met.
-struct Bad {
-  std::atomic<int64_t> bag{-1};
-  int64_t id = 0, limit = 0;
-  void report(int64_t which, int64_t value, int64_t bound) {
-    int64_t none = -1;
-    if (bag.compare_exchange_strong(none, which)) { id = value; limit = bound; }
+
+# Running values of one bag, in registers: a plain array of them would live in memory (gcc 12: 2.4 times slower at
+# width 64). The width is cut into powers of two up to 16.
+VALUES = """
+template <typename A, int N> struct Lanes { typedef A type __attribute__((vector_size(N * sizeof(A)))); };
+template <typename A, int N, typename T> inline typename Lanes<A, N>::type read(const T* r) {
+  typename Lanes<A, N>::type lanes;
+  if constexpr (std::is_same_v<A, T>) {
+    std::memcpy(&lanes, r, sizeof lanes);
+  } else {
+    for (int n = 0; n < N; ++n) lanes[n] = static_cast<A>(r[n]);
   }
+  return lanes;
+}
+template <typename A, int N, typename T> inline void store(typename Lanes<A, N>::type lanes, T* out) {
+  if constexpr (std::is_same_v<A, T>) {
+    std::memcpy(out, &lanes, sizeof lanes);
+  } else {
+    for (int n = 0; n < N; ++n) out[n] = static_cast<T>(lanes[n]);
+  }
+}
+template <typename A, int D> struct Values {
+  static constexpr int N = D >= 16 ? 16 : D >= 8 ? 8 : D >= 4 ? 4 : D >= 2 ? 2 : 1;
+  typename Lanes<A, N>::type lanes{};
+  Values<A, D - N> rest;
+  template <typename T> void add(const T* r) { lanes += read<A, N>(r); rest.add(r + N); }
+  template <typename T> void add(const T* r, A weight) { lanes += read<A, N>(r) * weight; rest.add(r + N, weight); }
+  template <typename T> void set(const T* r) { lanes = read<A, N>(r); rest.set(r + N); }
+  template <typename T> void raise(const T* r) {
+    const auto other = read<A, N>(r);
+    lanes = other > lanes ? other : lanes;
+    rest.raise(r + N);
+  }
+  template <typename T> void write(T* out) const {
+    store<A, N>(lanes, out);
+    rest.write(out + N);
+  }
+  template <typename T> void write(T* out, A divisor) const {
+    store<A, N>(lanes / divisor, out);
+    rest.write(out + N, divisor);
+  }
+};
+template <typename A> struct Values<A, 0> {
+  template <typename T> void add(const T*) {}
+  template <typename T> void add(const T*, A) {}
+  template <typename T> void set(const T*) {}
+  template <typename T> void raise(const T*) {}
+  template <typename T> void write(T*) const {}
+  template <typename T> void write(T*, A) const {}
 };
 """
 
 
-@dataclass(frozen=True)
-class Operand:
-    """A tensor as the kernel sees it: C++ expressions for its first element, sizes and strides."""
-
-    pointer: str
-    ctype: str
-    sizes: tuple[str, ...]
-    strides: tuple[str, ...]
-
-    def stride(self, dim: int) -> str:
-        """Elements from one index of `dim` to the next; 0 where the tensor is broadcast or has no such dim."""
-        return "0" if dim >= len(self.strides) or self.sizes[dim] == "1" else self.strides[dim]
-
-    def size(self, dim: int) -> str:
-        return self.sizes[dim] if dim < len(self.sizes) else "1"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the bags of one class have in common: all that the text of their function depends on."""
-
-    dim: int
-    table: str
-    out: str
-    loads: tuple[str, ...]
-    bag: Bag  # with table, loads, offsets and frozen_row blanked
-    offsets: str = ""
-    into: tuple[str, ...] = ()  # backward: how the bag's gradient is gathered, one entry an output
-    writes: str = ""  # backward: "rows", "weights" or both
-
-    @property
-    def acc(self) -> str:
-        return "double" if self.table == "double" else "float"
-
-
-def shape_of(bag: Bag, spec: Lookup, table: Operand, sources: Sequence[Operand], out: str) -> Shape:
-    """The class that a bag belongs to."""
-    common = Bag(0, (), bag.pooling, bag.row, bag.keep, bag.weight, bag.count, bag.divisor)
-    return Shape(
-        dim=spec.tables[bag.table].dim,
-        table=table.ctype,
-        out=out,
-        loads=tuple(sources[s].ctype for s in bag.loads),
-        bag=common,
-        offsets=sources[bag.offsets].ctype if bag.offsets >= 0 else "",
-    )
-
-
-def bag_fields(shape: Shape) -> list[str]:
-    """Members of the struct that describes one bag to its class's function."""
-    fields = [f"const {shape.table}* table", "int64_t rows", "int64_t row_stride", "int64_t index"]
-    for k, ctype in enumerate(shape.loads):
-        fields += [f"const {ctype}* x{k}_at", f"int64_t x{k}_b", f"int64_t x{k}_l"]
-    if shape.offsets:
-        fields += [f"const {shape.offsets}* offsets", "int64_t bounds", "int64_t ids"]
-    else:
-        fields += ["int64_t length"]
-    return fields
-
-
-def bag_values(j: int, bag: Bag, table: Operand, sources: Sequence[Operand]) -> list[str]:
-    """The initializer of that struct for bag `j`."""
-    values = [table.pointer, table.size(0), table.strides[0], str(j)]
-    for s in bag.loads:
-        x = sources[s]
-        # With offsets a source is one value an id: position p takes the place of the sample.
-        by_sample, by_position = ("0", x.stride(0)) if bag.offsets >= 0 else (x.stride(0), x.stride(1))
-        values += [x.pointer, by_sample, by_position]
-    if bag.offsets >= 0:
-        values += [sources[bag.offsets].pointer, sources[bag.offsets].size(0), sources[bag.loads[0]].size(0)]
-    else:
-        values += [sources[bag.loads[0]].size(1)]
-    return values
-
-
-def positions(shape: Shape) -> str:
-    """Declares `first`, `last` for sample `b`."""
-    if not shape.offsets:
-        return "const int64_t first = 0, last = bag.length;"
-    return (
-        "int64_t first = bag.offsets[b], last = b + 1 < bag.bounds ? int64_t(bag.offsets[b + 1]) : bag.ids;\n"
-        "    if (first < 0 || last < first || last > bag.ids || (b == 0 && first != 0)) {\n"
-        "      bad.report(bag.index + BAGS, b == 0 ? first : last, bag.ids);\n"
-        "      first = last = 0;\n"
-        "    }"
-    )
-
-
-def loads(shape: Shape, sample: str = "b") -> str:
-    """Declares x0, x1, ... at position `l` of a sample: integers as int64_t, the rest in float or double."""
-    lines = []
-    for k, ctype in enumerate(shape.loads):
-        real = ctype if ctype == "double" else "float"
-        kind = real if ctype in ("float", "double", "at::Half", "at::BFloat16") else "int64_t"
-        lines.append(f"const {kind} x{k} = bag.x{k}_at[{sample} * bag.x{k}_b + l * bag.x{k}_l];")
-    return "\n      ".join(lines)
-
-
-def expression(text: str) -> str:
-    return scalar.to_cpp(scalar.parse(text))
-
-
-def skip(shape: Shape) -> str:
-    return "" if shape.bag.keep == "true" else f"if (!{expression(shape.bag.keep)}) continue;"
-
-
-def _prefetch(shape: Shape) -> str:
-    """Fetches the rows of a sample a little ahead; wrong ids are harmless to a prefetch."""
-    bounds = "const int64_t from = 0, to = bag.length;"
-    if shape.offsets:
-        bounds = "const int64_t from = bag.offsets[ahead], to = ahead + 1 < bag.bounds ? int64_t(bag.offsets[ahead + 1]) : bag.ids;"
-    start, stop = (
-        ("from", "to") if not shape.offsets else ("std::max<int64_t>(from, 0)", "std::min(to, bag.ids)")
-    )
-    size = {"float": 4, "double": 8}.get(shape.table, 2)
-    return f"""
-    if (const int64_t ahead = b + bag_ahead; ahead < end) {{
-      {bounds}
-      for (int64_t l = {start}; l < {stop}; ++l) {{
-      {loads(shape, "ahead")}
-      {skip(shape)}
-      const auto at = reinterpret_cast<uintptr_t>(bag.table) + uintptr_t(int64_t({expression(shape.bag.row)}) * bag.row_stride) * {size};
-      for (int64_t line = 0; line < {min(shape.dim * size, 512)}; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + line));
-      }}
-    }}"""
-
-
-def row(shape: Shape) -> str:
-    """Declares `row`, checked, and `r`, its first element."""
-    return f"""const int64_t row = {expression(shape.bag.row)};
-      if (uint64_t(row) >= uint64_t(bag.rows)) {{ bad.report(bag.index, row, bag.rows); continue; }}
-      const {shape.table}* r = bag.table + row * bag.row_stride;"""
-
-
-def count(shape: Shape) -> str:
-    """Adds the row just read to `count`."""
-    if "count" not in shape.bag.divisor:
-        return ""
-    each = shape.bag.count or "1"
-    total = ""
-    if "nonzero" in each:
-        total = (
-            f"{shape.acc} total = 0; for (int64_t d = 0; d < {shape.dim}; ++d) total += {shape.acc}(r[d]);"
-        )
-        total += f" const {shape.acc} nonzero = total != 0;"
-    return f"{total} count += {shape.acc}({expression(each)});"
-
-
 def _forward(name: str, shape: Shape) -> str:
     """The function that computes the bags of one class for samples `begin` to `end`."""
-    dim, acc, pooling = shape.dim, shape.acc, shape.bag.pooling
-    each = f"for (int64_t d = 0; d < {dim}; ++d)"
-    weight = f"{acc}({expression(shape.bag.weight)}) * " if shape.bag.weight else ""
-    open_, step, close = {
-        "none": ("", f"{each} out[l * {dim} + d] = {shape.out}(r[d]);", ""),
-        "sum": (f"{acc} value[{dim}] = {{}};", f"{each} value[d] += {weight}{acc}(r[d]);", "store"),
-        "max": (
-            f"{acc} value[{dim}] = {{}}; bool any = false;",
-            f"{each} value[d] = any ? std::max(value[d], {acc}(r[d])) : {acc}(r[d]);\n      any = true;",
-            "store",
-        ),
-    }[pooling]
-    scale = f" / {acc}({expression(shape.bag.divisor)})" if shape.bag.divisor else ""
-    store = f"{each} out[d] = {shape.out}(value[d]{scale});" if close else ""
-    ahead = "" if dim == 1 or not _worth_prefetch(shape) else _prefetch(shape)
+    body = _one_row(shape) if shape.single else _loop(shape)
     return f"""
 struct {name}_bag {{ {"; ".join(bag_fields(shape))}; {shape.out}* out; int64_t out_stride; }};
 // {describe(shape)}
 void {name}(const {name}_bag& bag, int64_t begin, int64_t end, Bad& bad) {{
-  {_ahead(shape) if ahead else ""}
+  {_ahead(shape)}
   for (int64_t b = begin; b < end; ++b) {{
-    {positions(shape)}
-    [[maybe_unused]] const int64_t L = last - first;{ahead}
     {shape.out}* out = bag.out + b * bag.out_stride;
-    {open_}
+    {body}
+  }}
+}}
+"""
+
+
+def _one_row(shape: Shape) -> str:
+    """One id a sample: a copy, without loops."""
+    return f"""[[maybe_unused]] constexpr int64_t l = 0, L = 1;
+    if (const int64_t ahead = b + bag_ahead; ahead < end) {{
+      {loads(shape, "ahead")}
+      {_fetch(shape)}
+    }}
+    {loads(shape)}
+    {row(shape)}
+    for (int64_t d = 0; d < {shape.dim}; ++d) out[d] = {shape.out}(r[d]);"""
+
+
+def _loop(shape: Shape) -> str:
+    dim, acc, pooling = shape.dim, shape.acc, shape.bag.pooling
+    weight = f", {acc}({expression(shape.bag.weight)})" if shape.bag.weight else ""
+    step = {
+        "none": f"for (int64_t d = 0; d < {dim}; ++d) out[l * {dim} + d] = {shape.out}(r[d]);",
+        "sum": f"value.add(r{weight});",
+        "max": "if (any) value.raise(r); else value.set(r);\n      any = true;",
+    }[pooling]
+    divisor = f", {acc}({expression(shape.bag.divisor)})" if shape.bag.divisor else ""
+    start = "" if pooling == "none" else f"Values<{acc}, {dim}> value;"
+    start += " bool any = false;" if pooling == "max" else ""
+    return f"""{positions(shape)}
+    [[maybe_unused]] const int64_t L = last - first;{_prefetch(shape)}
+    {start}
     [[maybe_unused]] {acc} count = 0;
     for (int64_t l = first; l < last; ++l) {{
       {loads(shape)}
@@ -217,14 +137,34 @@ void {name}(const {name}_bag& bag, int64_t begin, int64_t end, Bad& bad) {{
       {step}
       {count(shape)}
     }}
-    {store}
-  }}
-}}
-"""
+    {"" if pooling == "none" else f"value.write(out{divisor});"}"""
 
 
-def _worth_prefetch(shape: Shape) -> bool:
-    return True
+def _prefetch(shape: Shape) -> str:
+    """Fetches the rows of a sample a little ahead."""
+    bounds = "const int64_t from = 0, to = bag.length;"
+    if shape.offsets:
+        bounds = (
+            "const int64_t from = std::max<int64_t>(bag.offsets[ahead], 0);\n      "
+            "const int64_t to = ahead + 1 < bag.bounds ? std::min<int64_t>(bag.offsets[ahead + 1], bag.ids) : bag.ids;"
+        )
+    return f"""
+    if (const int64_t ahead = b + bag_ahead; ahead < end) {{
+      {bounds}
+      for (int64_t l = from; l < to; ++l) {{
+        {loads(shape, "ahead")}
+        {skip(shape)}
+        {_fetch(shape)}
+      }}
+    }}"""
+
+
+def _fetch(shape: Shape) -> str:
+    """Asks for the row of the ids just loaded; a wrong id is harmless to a prefetch."""
+    size = {"float": 4, "double": 8}.get(shape.table, 2)
+    lines = range(0, min(shape.dim * size, 512), 64)
+    at = f"const auto at = reinterpret_cast<uintptr_t>(bag.table) + uintptr_t(int64_t({expression(shape.bag.row)}) * bag.row_stride) * {size};"
+    return at + " " + " ".join(f"__builtin_prefetch(reinterpret_cast<const void*>(at + {k}));" for k in lines)
 
 
 def _ahead(shape: Shape) -> str:
@@ -233,15 +173,6 @@ def _ahead(shape: Shape) -> str:
         "std::max<int64_t>(bag.ids / std::max<int64_t>(bag.bounds, 1), 1)" if shape.offsets else "bag.length"
     )
     return f"const int64_t bag_ahead = std::max<int64_t>(1, 16 / std::max<int64_t>({length}, 1));"
-
-
-def describe(shape: Shape) -> str:
-    """One line about a class, for the reader of a kernel."""
-    where = "" if shape.bag.keep == "true" else f" where {shape.bag.keep}"
-    over = f" / ({shape.bag.divisor})" if shape.bag.divisor else ""
-    kind = {"none": "rows", "sum": "sum of rows", "max": "max of rows"}[shape.bag.pooling]
-    ids = f"ids {shape.loads[0]}" + (" with offsets" if shape.offsets else "")
-    return f"{kind}{where}{over}: {shape.table}[{shape.dim}] tables, {ids}, row = {shape.bag.row}"
 
 
 @dataclass
@@ -305,7 +236,7 @@ def forward(
   {_second_phase(spec, sources, outs, places, columns, threads)}
   {_throw(spec)}"""
     head = f"constexpr int64_t BAGS = {len(spec.bags)};\n"
-    return head + HELPERS + "".join(functions), body.replace(
+    return head + HELPERS + VALUES + "".join(functions), body.replace(
         f"  constexpr int64_t BAGS = {len(spec.bags)};\n", "", 1
     )
 
@@ -313,16 +244,6 @@ def forward(
 def _length(spec: Lookup, members: list[int], sources: Sequence[Operand]) -> str:
     bag = spec.bags[members[0]]
     return "4" if bag.offsets >= 0 else f"int64_t({sources[bag.loads[0]].size(1)})"
-
-
-def width(bag: Bag, spec: Lookup, sources: Sequence[Operand]) -> str:
-    """Columns that a bag takes."""
-    dim = spec.tables[bag.table].dim
-    return f"{dim} * {sources[bag.loads[0]].size(1)}" if bag.pooling == "none" else str(dim)
-
-
-def part_width(part: int, spec: Lookup, sources: Sequence[Operand]) -> str:
-    return width(spec.bags[part], spec, sources) if part >= 0 else sources[~part].size(1)
 
 
 def _places(

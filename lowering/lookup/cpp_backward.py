@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from recompile.lowering.lookup.cpp import (
+from recompile.lowering.lookup.cpp_common import (
     HELPERS,
     Operand,
     Shape,

@@ -1,0 +1,170 @@
+"""What the C++ of forward and backward has in common: operands, classes of bags, and the words of a bag's loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from recompile.lowering import scalar
+from recompile.lowering.lookup.spec import Bag, Lookup
+
+HELPERS = """
+template <typename A, typename B> inline auto recompile_mod(A a, B b) { auto m = a % b; return m < 0 ? m + b : m; }
+template <typename A, typename B> inline auto recompile_max(A a, B b) { return a > b ? a : b; }
+template <typename A, typename B> inline auto recompile_min(A a, B b) { return a < b ? a : b; }
+// The first id out of range, or offset out of order, that any thread met.
+struct Bad {
+  std::atomic<int64_t> bag{-1};
+  int64_t id = 0, limit = 0;
+  void report(int64_t which, int64_t value, int64_t bound) {
+    int64_t none = -1;
+    if (bag.compare_exchange_strong(none, which)) { id = value; limit = bound; }
+  }
+};
+"""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor as the kernel sees it: C++ expressions for its first element, sizes and strides."""
+
+    pointer: str
+    ctype: str
+    sizes: tuple[str, ...]
+    strides: tuple[str, ...]
+
+    def stride(self, dim: int) -> str:
+        """Elements from one index of `dim` to the next; 0 where the tensor is broadcast or has no such dim."""
+        return "0" if dim >= len(self.strides) or self.sizes[dim] == "1" else self.strides[dim]
+
+    def size(self, dim: int) -> str:
+        return self.sizes[dim] if dim < len(self.sizes) else "1"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the bags of one class have in common: all that the text of their function depends on."""
+
+    dim: int
+    table: str
+    out: str
+    loads: tuple[str, ...]
+    bag: Bag  # with table, loads, offsets and frozen_row blanked
+    offsets: str = ""
+    into: tuple[str, ...] = ()  # backward: how the bag's gradient is gathered, one entry an output
+    writes: str = ""  # backward: "rows", "weights" or both
+    single: bool = False  # one id a sample, its row copied as it is
+
+    @property
+    def acc(self) -> str:
+        return "double" if self.table == "double" else "float"
+
+
+def shape_of(bag: Bag, spec: Lookup, table: Operand, sources: Sequence[Operand], out: str) -> Shape:
+    """The class that a bag belongs to."""
+    common = Bag(0, (), bag.pooling, bag.row, bag.keep, bag.weight, bag.count, bag.divisor)
+    return Shape(
+        dim=spec.tables[bag.table].dim,
+        table=table.ctype,
+        out=out,
+        loads=tuple(sources[s].ctype for s in bag.loads),
+        bag=common,
+        offsets=sources[bag.offsets].ctype if bag.offsets >= 0 else "",
+        single=bag.pooling == "none" and bag.offsets < 0 and sources[bag.loads[0]].size(1) == "1",
+    )
+
+
+def bag_fields(shape: Shape) -> list[str]:
+    """Members of the struct that describes one bag to its class's function."""
+    fields = [f"const {shape.table}* table", "int64_t rows", "int64_t row_stride", "int64_t index"]
+    for k, ctype in enumerate(shape.loads):
+        fields += [f"const {ctype}* x{k}_at", f"int64_t x{k}_b", f"int64_t x{k}_l"]
+    if shape.offsets:
+        fields += [f"const {shape.offsets}* offsets", "int64_t bounds", "int64_t ids"]
+    else:
+        fields += ["int64_t length"]
+    return fields
+
+
+def bag_values(j: int, bag: Bag, table: Operand, sources: Sequence[Operand]) -> list[str]:
+    """The initializer of that struct for bag `j`."""
+    values = [table.pointer, table.size(0), table.strides[0], str(j)]
+    for s in bag.loads:
+        x = sources[s]
+        # With offsets a source is one value an id: position p takes the place of the sample.
+        by_sample, by_position = ("0", x.stride(0)) if bag.offsets >= 0 else (x.stride(0), x.stride(1))
+        values += [x.pointer, by_sample, by_position]
+    if bag.offsets >= 0:
+        values += [sources[bag.offsets].pointer, sources[bag.offsets].size(0), sources[bag.loads[0]].size(0)]
+    else:
+        values += [sources[bag.loads[0]].size(1)]
+    return values
+
+
+def positions(shape: Shape) -> str:
+    """Declares `first`, `last` for sample `b`."""
+    if not shape.offsets:
+        return "const int64_t first = 0, last = bag.length;"
+    return (
+        "int64_t first = bag.offsets[b], last = b + 1 < bag.bounds ? int64_t(bag.offsets[b + 1]) : bag.ids;\n"
+        "    if (first < 0 || last < first || last > bag.ids || (b == 0 && first != 0)) {\n"
+        "      bad.report(bag.index + BAGS, b == 0 ? first : last, bag.ids);\n"
+        "      first = last = 0;\n"
+        "    }"
+    )
+
+
+def loads(shape: Shape, sample: str = "b") -> str:
+    """Declares x0, x1, ... at position `l` of a sample: integers as int64_t, the rest in float or double."""
+    lines = []
+    for k, ctype in enumerate(shape.loads):
+        real = ctype if ctype == "double" else "float"
+        kind = real if ctype in ("float", "double", "at::Half", "at::BFloat16") else "int64_t"
+        lines.append(f"const {kind} x{k} = bag.x{k}_at[{sample} * bag.x{k}_b + l * bag.x{k}_l];")
+    return "\n      ".join(lines)
+
+
+def expression(text: str) -> str:
+    return scalar.to_cpp(scalar.parse(text))
+
+
+def skip(shape: Shape) -> str:
+    return "" if shape.bag.keep == "true" else f"if (!{expression(shape.bag.keep)}) continue;"
+
+
+def row(shape: Shape) -> str:
+    """Declares `row`, checked, and `r`, its first element."""
+    return f"""const int64_t row = {expression(shape.bag.row)};
+      if (uint64_t(row) >= uint64_t(bag.rows)) {{ bad.report(bag.index, row, bag.rows); continue; }}
+      const {shape.table}* r = bag.table + row * bag.row_stride;"""
+
+
+def count(shape: Shape) -> str:
+    """Adds the row just read to `count`."""
+    if "count" not in shape.bag.divisor:
+        return ""
+    each = shape.bag.count or "1"
+    total = ""
+    if "nonzero" in each:
+        total = (
+            f"{shape.acc} total = 0; for (int64_t d = 0; d < {shape.dim}; ++d) total += {shape.acc}(r[d]);"
+        )
+        total += f" const {shape.acc} nonzero = total != 0;"
+    return f"{total} count += {shape.acc}({expression(each)});"
+
+
+def describe(shape: Shape) -> str:
+    """One line about a class, for the reader of a kernel."""
+    where = "" if shape.bag.keep == "true" else f" where {shape.bag.keep}"
+    over = f" / ({shape.bag.divisor})" if shape.bag.divisor else ""
+    kind = {"none": "rows", "sum": "sum of rows", "max": "max of rows"}[shape.bag.pooling]
+    ids = f"ids {shape.loads[0]}" + (" with offsets" if shape.offsets else "")
+    return f"{kind}{where}{over}: {shape.table}[{shape.dim}] tables, {ids}, row = {shape.bag.row}"
+
+
+def width(bag: Bag, spec: Lookup, sources: Sequence[Operand]) -> str:
+    """Columns that a bag takes."""
+    dim = spec.tables[bag.table].dim
+    return f"{dim} * {sources[bag.loads[0]].size(1)}" if bag.pooling == "none" else str(dim)
+
+
+def part_width(part: int, spec: Lookup, sources: Sequence[Operand]) -> str:
+    return width(spec.bags[part], spec, sources) if part >= 0 else sources[~part].size(1)
