@@ -40,6 +40,16 @@ def realize(x: Any) -> Any:
     return node
 
 
+def dense_rows(x: Any) -> Any:
+    """`x` itself where the elements of its last dim lie side by side, else a contiguous copy of it."""
+    node = realize(x)
+    layout = node.get_layout()
+    known = V.graph.sizevars.statically_known_equals
+    if not layout.size or known(layout.stride[-1], 1) or known(layout.size[-1], 1):
+        return x
+    return ir.ExternKernel.copy_input(node)
+
+
 def empty(size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
     """A contiguous buffer for a kernel to fill."""
     return empty_strided(list(size), None, dtype=dtype, device=device)

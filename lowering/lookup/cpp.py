@@ -8,7 +8,6 @@ Ids are checked before a row's address is formed; the first bad one is thrown af
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from recompile.lowering.lookup.cpp_common import (
     HELPERS,
@@ -20,13 +19,12 @@ from recompile.lowering.lookup.cpp_common import (
     describe,
     expression,
     loads,
-    part_width,
     positions,
     row,
     shape_of,
     skip,
-    width,
 )
+from recompile.lowering.lookup.cpp_outputs import find_places, second_phase
 from recompile.lowering.lookup.spec import Lookup
 
 # Below this many bytes of rows one thread is faster than starting two (about 5 us, two cores of a 2.6 GHz Xeon).
@@ -61,6 +59,11 @@ template <typename A, int D> struct Values {
   Values<A, D - N> rest;
   template <typename T> void add(const T* r) { lanes += read<A, N>(r); rest.add(r + N); }
   template <typename T> void add(const T* r, A weight) { lanes += read<A, N>(r) * weight; rest.add(r + N, weight); }
+  template <typename T> void add_square(const T* r) {
+    const auto other = read<A, N>(r);
+    lanes += other * other;
+    rest.add_square(r + N);
+  }
   template <typename T> void set(const T* r) { lanes = read<A, N>(r); rest.set(r + N); }
   template <typename T> void raise(const T* r) {
     const auto other = read<A, N>(r);
@@ -79,6 +82,7 @@ template <typename A, int D> struct Values {
 template <typename A> struct Values<A, 0> {
   template <typename T> void add(const T*) {}
   template <typename T> void add(const T*, A) {}
+  template <typename T> void add_square(const T*) {}
   template <typename T> void set(const T*) {}
   template <typename T> void raise(const T*) {}
   template <typename T> void write(T*) const {}
@@ -175,16 +179,6 @@ def _ahead(shape: Shape) -> str:
     return f"const int64_t bag_ahead = std::max<int64_t>(1, 16 / std::max<int64_t>({length}, 1));"
 
 
-@dataclass
-class Place:
-    """Where a bag's value is first written."""
-
-    pointer: str
-    stride: str
-    ctype: str
-    wide: str
-
-
 def forward(
     spec: Lookup,
     weights: Sequence[Operand],
@@ -194,157 +188,52 @@ def forward(
     threads: int,
 ) -> tuple[str, str]:
     """(functions, body of the kernel) that compute `outs`, each contiguous `[batch, width]`."""
-    places, columns, scratch = _places(spec, weights, sources, outs)
+    places, scratch = find_places(spec, weights, sources, outs)
     classes: dict[Shape, list[int]] = defaultdict(list)
     for j, bag in enumerate(spec.bags):
         classes[shape_of(bag, spec, weights[bag.table], sources, places[j].ctype)].append(j)
-    functions, tables, calls, start, row_bytes = [], [], [], 0, []
+    functions, tables, loops, row_bytes = [], [], [], []
     for c, (shape, members) in enumerate(classes.items()):
-        name = f"class{c}"
-        functions.append(_forward(name, shape))
+        functions.append(_forward(f"class{c}", shape))
+        bags = [(spec.bags[j], weights[spec.bags[j].table], places[j]) for j in members]
         rows = [
-            [
-                *bag_values(j, spec.bags[j], weights[spec.bags[j].table], sources),
-                places[j].pointer,
-                places[j].stride,
-            ]
-            for j in members
+            ", ".join([*bag_values(j, bag, table, sources), place.pointer, place.stride])
+            for j, (bag, table, place) in zip(members, bags, strict=True)
         ]
-        listed = ",\n    ".join("{" + ", ".join(r) + "}" for r in rows)
-        tables.append(f"const {name}_bag bags{c}[] = {{\n    {listed}}};")
-        calls.append(
-            f"if (j < {start + len(members)}) {{ {name}(bags{c}[j - {start}], begin, end, bad); continue; }}"
-        )
-        start += len(members)
-        row_bytes.append(
-            f"{len(members)} * {shape.dim} * int64_t(sizeof({shape.table})) * {_length(spec, members, sources)}"
-        )
+        listed = ",\n    ".join("{" + r + "}" for r in rows)
+        tables.append(f"const class{c}_bag bags{c}[] = {{\n    {listed}}};")
+        loops.append(_class_loop(c, len(members)))
+        row = f"{len(members)} * {shape.dim} * int64_t(sizeof({shape.table}))"
+        row_bytes.append(f"{row} * {_length(spec, members, sources)}")
+    pieces, second = second_phase(spec, sources, outs, places)
     newline = "\n  "
     body = f"""
-  constexpr int64_t BAGS = {len(spec.bags)};
   const int64_t B = {batch};
   {scratch}
-  {newline.join(tables)}
+  {newline.join([*tables, *pieces])}
   Bad bad;
   const bool parallel = B * ({" + ".join(row_bytes)}) > {PARALLEL_BYTES};
   const int64_t runs = (B + {RUN} - 1) / {RUN};
-  #pragma omp parallel for num_threads({threads}) schedule(static) if (parallel)
-  for (int64_t work = 0; work < BAGS * runs; ++work) {{
-    const int64_t j = work / runs, begin = work % runs * {RUN}, end = std::min(begin + {RUN}, B);
-    {(newline + "  ").join(calls)}
+  #pragma omp parallel num_threads({threads}) if (parallel)
+  {{{"".join(loops)}{second}
   }}
-  {_second_phase(spec, sources, outs, places, columns, threads)}
   {_throw(spec)}"""
-    head = f"constexpr int64_t BAGS = {len(spec.bags)};\n"
-    return head + HELPERS + VALUES + "".join(functions), body.replace(
-        f"  constexpr int64_t BAGS = {len(spec.bags)};\n", "", 1
-    )
+    return f"constexpr int64_t BAGS = {len(spec.bags)};\n{HELPERS}{VALUES}" + "".join(functions), body
+
+
+def _class_loop(c: int, bags: int) -> str:
+    """Each class is shared out by itself: its bags cost about the same."""
+    return f"""
+    #pragma omp for schedule(static) nowait
+    for (int64_t work = 0; work < {bags} * runs; ++work) {{
+      const int64_t begin = work % runs * {RUN};
+      class{c}(bags{c}[work / runs], begin, std::min<int64_t>(begin + {RUN}, B), bad);
+    }}"""
 
 
 def _length(spec: Lookup, members: list[int], sources: Sequence[Operand]) -> str:
     bag = spec.bags[members[0]]
     return "4" if bag.offsets >= 0 else f"int64_t({sources[bag.loads[0]].size(1)})"
-
-
-def _places(
-    spec: Lookup, weights: Sequence[Operand], sources: Sequence[Operand], outs: Sequence[Operand]
-) -> tuple[dict[int, Place], dict[tuple[int, int], str], str]:
-    """Each bag's first place, the column of each (output, part position), and the scratch buffer's declaration."""
-    places: dict[int, Place] = {}
-    columns: dict[tuple[int, int], str] = {}
-    for o, out in enumerate(spec.outputs):
-        if out.kind != "concat":
-            continue
-        column = "0"
-        for k, p in enumerate(out.parts):
-            columns[o, k] = column
-            wide = part_width(p, spec, sources)
-            if p >= 0 and p not in places:
-                places[p] = Place(f"{outs[o].pointer} + ({column})", outs[o].strides[0], outs[o].ctype, wide)
-            column = f"{column} + {wide}" if not (column + wide).isdigit() else str(int(column) + int(wide))
-    homeless = [j for j in range(len(spec.bags)) if j not in places]
-    if not homeless:
-        return places, columns, ""
-    ctype = "double" if any(w.ctype == "double" for w in weights) else "float"
-    total = " + ".join(width(spec.bags[j], spec, sources) for j in homeless)
-    column = "0"
-    for j in homeless:
-        wide = width(spec.bags[j], spec, sources)
-        places[j] = Place(f"scratch.get() + {column}", "scratch_stride", ctype, wide)
-        column = f"{column} + {wide}"
-    declaration = (
-        f"// values that only sums read\n  const int64_t scratch_stride = {total};\n"
-        f"  std::unique_ptr<{ctype}[]> scratch(new {ctype}[B * scratch_stride]);"
-    )
-    return places, columns, declaration
-
-
-def _second_phase(
-    spec: Lookup,
-    sources: Sequence[Operand],
-    outs: Sequence[Operand],
-    places: dict[int, Place],
-    columns: dict[tuple[int, int], str],
-    threads: int,
-) -> str:
-    """Copies and sums over fields, sample by sample, from what the first phase wrote."""
-    tables: list[str] = []
-    steps: list[tuple[int, str]] = []
-    for o, out in enumerate(spec.outputs):
-        groups: dict[str, list[str]] = defaultdict(list)
-        for k, p in enumerate(out.parts):
-            source = _place(p, spec, sources, places)
-            target = f"{outs[o].pointer} + ({columns[o, k]})" if out.kind == "concat" else "nullptr"
-            if out.kind == "concat" and p >= 0 and places[p].pointer == target:
-                continue
-            groups[source.ctype].append(f"{{{source.pointer}, {source.stride}, {source.wide}, {target}}}")
-        for ctype, entries in groups.items():
-            name, step = f"pieces{o}_{len(tables)}", _piece(out.kind, out.width, outs[o])
-            tables.append(
-                f"const struct {{ const {ctype}* from; int64_t stride, width; {outs[o].ctype}* to; }} {name}[] = {{\n    "
-                + ",\n    ".join(entries)
-                + "};"
-            )
-            steps.append(
-                (
-                    o,
-                    f"for (const auto& piece : {name}) {{ const {ctype}* from = piece.from + b * piece.stride; {step} }}",
-                )
-            )
-    if not steps:
-        return ""
-    lines = []
-    for o, out in enumerate(spec.outputs):
-        mine = [s for k, s in steps if k == o]
-        if out.kind == "concat" or not mine:
-            lines += mine
-            continue
-        acc = "double" if outs[o].ctype == "double" else "float"
-        lines += [f"{{ {acc} sum[{out.width}] = {{}};", *mine]
-        lines += [
-            f"for (int64_t d = 0; d < {out.width}; ++d) ({outs[o].pointer})[b * {outs[o].strides[0]} + d] = sum[d]; }}"
-        ]
-    newline = "\n    "
-    return f"""{(newline[:-2]).join(tables)}
-  #pragma omp parallel for num_threads({threads}) schedule(static) if (parallel)
-  for (int64_t b = 0; b < B; ++b) {{
-    {newline.join(lines)}
-  }}"""
-
-
-def _place(part: int, spec: Lookup, sources: Sequence[Operand], places: dict[int, Place]) -> Place:
-    if part >= 0:
-        return places[part]
-    x = sources[~part]
-    return Place(x.pointer, x.strides[0], x.ctype, x.size(1))
-
-
-def _piece(kind: str, wide: int, out: Operand) -> str:
-    if kind == "concat":
-        return f"for (int64_t d = 0; d < piece.width; ++d) piece.to[b * {out.strides[0]} + d] = from[d];"
-    acc = "double" if out.ctype == "double" else "float"
-    value = f"const {acc} v = from[at + d]; sum[d] += {'v * v' if kind == 'sum_of_squares' else 'v'};"
-    return f"for (int64_t at = 0; at < piece.width; at += {wide}) for (int64_t d = 0; d < {wide}; ++d) {{ {value} }}"
 
 
 def _throw(spec: Lookup) -> str:

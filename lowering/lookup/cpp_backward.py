@@ -20,6 +20,7 @@ from recompile.lowering.lookup.cpp_common import (
     expression,
     loads,
     part_width,
+    plus,
     positions,
     shape_of,
     skip,
@@ -88,7 +89,7 @@ def _gathers(
             pointer = f"{grad.pointer} + ({column})" if out.kind == "concat" else grad.pointer
             if p >= 0:
                 found[p].append((out.kind, grad.ctype, out.width, pointer, grad.stride(0)))
-            column = f"{column} + {part_width(p, spec, sources)}"
+            column = plus(column, part_width(p, spec, sources))
     return found
 
 

@@ -163,8 +163,20 @@ def describe(shape: Shape) -> str:
 def width(bag: Bag, spec: Lookup, sources: Sequence[Operand]) -> str:
     """Columns that a bag takes."""
     dim = spec.tables[bag.table].dim
-    return f"{dim} * {sources[bag.loads[0]].size(1)}" if bag.pooling == "none" else str(dim)
+    return times(dim, sources[bag.loads[0]].size(1)) if bag.pooling == "none" else str(dim)
 
 
 def part_width(part: int, spec: Lookup, sources: Sequence[Operand]) -> str:
     return width(spec.bags[part], spec, sources) if part >= 0 else sources[~part].size(1)
+
+
+def times(number: int, size: str) -> str:
+    """A product of C++ expressions, as a number where it is known."""
+    return str(number * int(size)) if size.isdigit() else f"{number} * {size}"
+
+
+def plus(a: str, b: str) -> str:
+    """A sum of C++ expressions, as a number where it is known."""
+    if a.isdigit() and b.isdigit():
+        return str(int(a) + int(b))
+    return b if a == "0" else f"{a} + {b}"

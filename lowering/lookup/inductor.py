@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch._inductor.lowering import register_lowering
 
-from recompile.lowering.inductor import CppRegion, empty
+from recompile.lowering.inductor import CppRegion, dense_rows, empty
 from recompile.lowering.lookup import cpp, cpp_backward, op
 from recompile.lowering.lookup.spec import Lookup
 
@@ -24,6 +24,10 @@ def _lookup(weights: list[Any], sources: list[Any], spec: str) -> list[Any]:
         )
         for out in group.outputs
     ]
+
+    copied = {~p for out in group.outputs for p in out.parts if p < 0}
+    sources = [dense_rows(x) if s in copied else x for s, x in enumerate(sources)]
+    weights = [dense_rows(x) for x in weights]
 
     def render(inputs: Any, outputs: Any, threads: int) -> tuple[str, str]:
         tables, loaded = inputs[: len(weights)], inputs[len(weights) :]
@@ -49,7 +53,8 @@ def _lookup_backward(
         return cpp_backward.backward(group, given, held, loaded, rows, weighted, threads)
 
     if outs:
-        CppRegion("lookup_backward", [*grads, *weights, *sources], outs, render)
+        dense = [dense_rows(x) for x in (*grads, *weights)]
+        CppRegion("lookup_backward", [*dense, *sources], outs, render)
     return outs
 
 

@@ -131,6 +131,29 @@ def test_random_groups(group):
     check(*group)
 
 
+def test_strided_copies_tables_and_gradients():
+    """Columns of a transposed matrix are copied, every second column is a table, gradients are expanded."""
+    table = torch.randn(20, 8, dtype=torch.double)[:, ::2].requires_grad_()
+    dense = torch.randn(6, 5, dtype=torch.double).t()[:, 1:4].requires_grad_()
+    ids = torch.randint(0, 20, (5,))
+    spec = Lookup((Table("t", 4),), (Bag(0, (0,)),), (Output("concat", (~1, 0)), Output("sum", (0,), 2)))
+
+    def loss(weights, sources):
+        rows, total = lookup(weights, sources, str(spec))
+        return (rows * rows).sum(1).sum() + rows.sum() + total.sum(0)[0]
+
+    torch._dynamo.reset()
+    expected, actual = loss([table], [ids, dense]), torch.compile(loss)([table], [ids, dense])
+    torch.testing.assert_close(actual, expected)
+    inputs = [table, dense]
+    torch.testing.assert_close(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs))
+    for total in (lambda x: x.sum(), lambda x: x.t().contiguous().t().pow(2).sum()):
+        torch._dynamo.reset()
+        whole = lambda w, s, total=total: total(lookup(w, s, str(spec))[0])  # noqa: E731
+        expected, actual = whole([table], [ids, dense]), torch.compile(whole)([table], [ids, dense])
+        torch.testing.assert_close(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs))
+
+
 def test_bad_offsets_are_an_error():
     torch._dynamo.reset()
     spec = Lookup((Table("t", 4),), (Bag(0, (0,), "sum", offsets=1),), (Output("concat", (0,)),))
