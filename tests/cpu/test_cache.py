@@ -35,14 +35,14 @@ print(json.dumps({
 
 @pytest.fixture
 def compile_in_a_process(tmp_path):
-    def run(options=None):
+    def run(options=None, before=""):
         environment = os.environ | {
             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
         }
         # AOTAutograd's cache sits above this one and would answer first.
         environment["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
-        command = [sys.executable, "-c", SCRIPT, json.dumps(options or {})]
+        command = [sys.executable, "-c", before + SCRIPT, json.dumps(options or {})]
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
         return json.loads(output.splitlines()[-1])
 
@@ -58,3 +58,20 @@ def test_a_second_process_hits_the_cache_and_other_options_miss_it(compile_in_a_
     assert second["passes"] == first["passes"] > 0
     other = compile_in_a_process({"passes": "default,-fuse-lookups"})
     assert other["misses"] > 0 and other["regions"] == []
+
+
+def test_a_changed_generator_misses_the_cache(compile_in_a_process):
+    compile_in_a_process()
+    changed = "import recompile.lowering.lookup.spec as spec; spec.fingerprint = lambda: 'another'"
+    other = compile_in_a_process(before=changed)
+    assert other["hits"] == 0 and other["misses"] == 2
+
+
+def test_the_fingerprint_changes_with_a_generator(tmp_path, monkeypatch):
+    from recompile.lowering import fingerprint as module
+
+    (tmp_path / "cpp.py").write_text("one = 1")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "fingerprint.py"))
+    first = module.fingerprint.__wrapped__()
+    (tmp_path / "cpp.py").write_text("one = 2")
+    assert module.fingerprint.__wrapped__() != first
