@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from recompile.lowering.lookup.cpp_common import (
     HELPERS,
+    LANES,
     Operand,
     Shape,
     bag_fields,
@@ -36,23 +37,6 @@ RUN = 256
 # Running values of one bag, in registers: a plain array of them would live in memory (gcc 12: 2.4 times slower at
 # width 64). The width is cut into powers of two up to 16.
 VALUES = """
-template <typename A, int N> struct Lanes { typedef A type __attribute__((vector_size(N * sizeof(A)))); };
-template <typename A, int N, typename T> inline typename Lanes<A, N>::type read(const T* r) {
-  typename Lanes<A, N>::type lanes;
-  if constexpr (std::is_same_v<A, T>) {
-    std::memcpy(&lanes, r, sizeof lanes);
-  } else {
-    for (int n = 0; n < N; ++n) lanes[n] = static_cast<A>(r[n]);
-  }
-  return lanes;
-}
-template <typename A, int N, typename T> inline void store(typename Lanes<A, N>::type lanes, T* out) {
-  if constexpr (std::is_same_v<A, T>) {
-    std::memcpy(out, &lanes, sizeof lanes);
-  } else {
-    for (int n = 0; n < N; ++n) out[n] = static_cast<T>(lanes[n]);
-  }
-}
 template <typename A, int D> struct Values {
   static constexpr int N = D >= 16 ? 16 : D >= 8 ? 8 : D >= 4 ? 4 : D >= 2 ? 2 : 1;
   typename Lanes<A, N>::type lanes{};
@@ -218,7 +202,7 @@ def forward(
   {{{"".join(loops)}{second}
   }}
   {_throw(spec)}"""
-    return f"constexpr int64_t BAGS = {len(spec.bags)};\n{HELPERS}{VALUES}" + "".join(functions), body
+    return f"constexpr int64_t BAGS = {len(spec.bags)};\n{HELPERS}{LANES}{VALUES}" + "".join(functions), body
 
 
 def _class_loop(c: int, bags: int) -> str:

@@ -1,8 +1,9 @@
 """C++ for the gradients of a group of lookups: each task owns a stripe of one table's rows.
 
 A task fills its stripe with zeros, then walks all ids of the table's bags in order and adds the gradients of the rows
-it owns. No two tasks write the same row, so the result does not depend on the number of threads. Ids were checked
-by the forward kernel; here a row outside the stripe is simply not ours.
+it owns. Gradients of the weights of rows are made sample by sample instead. Either way no two tasks write the same
+element, so the result does not depend on the number of threads. Ids were checked by the forward kernel; here a row
+outside the stripe is simply not ours.
 """
 
 from collections import defaultdict
@@ -11,6 +12,7 @@ from dataclasses import replace
 
 from recompile.lowering.lookup.cpp_common import (
     HELPERS,
+    LANES,
     Operand,
     Shape,
     bag_fields,
@@ -29,6 +31,8 @@ from recompile.lowering.lookup.spec import Bag, Lookup
 
 # Bytes of gradient in one stripe: half of a core's level-2 cache on most servers of today.
 STRIPE_BYTES = 1 << 20
+# Samples in one unit of work on the weights of rows.
+RUN = 256
 
 
 def backward(
@@ -43,27 +47,32 @@ def backward(
     """(functions, body) that fill `rows` (table -> its gradient) and `weighted` (source -> its gradient)."""
     gathers = _gathers(spec, grads, sources)
     classes: dict[Shape, list[int]] = defaultdict(list)
-    by_table: dict[int, list[int]] = defaultdict(list)
     for j, bag in enumerate(spec.bags):
-        writes = _writes(bag, rows, weighted)
-        if writes:
-            shape = shape_of(bag, spec, weights[bag.table], sources, "")
-            into = tuple(f"{kind} {ctype} {wide}" for kind, ctype, wide, _, _ in gathers[j])
-            classes[replace(shape, into=into, writes=writes)].append(j)
-            by_table[bag.table].append(j)
-    functions, tables, where = [], [], {}
+        shape = shape_of(bag, spec, weights[bag.table], sources, "")
+        into = tuple(f"{kind} {ctype} {wide}" for kind, ctype, wide, _, _ in gathers[j])
+        if bag.table in rows:
+            classes[replace(shape, into=into, writes="rows")].append(j)
+        if bag.weight and bag.loads[1] in weighted:
+            classes[replace(shape, into=into, writes="weights")].append(j)
+    functions, tables = [], []
+    by_table: dict[int, list[str]] = defaultdict(list)
+    weighing: list[str] = []
     for c, (shape, members) in enumerate(classes.items()):
         functions.append(_scatter(f"class{c}", shape))
         entries = []
         for k, j in enumerate(members):
-            bag = spec.bags[j]
-            where[j] = f"{{class{c}, &bags{c}[{k}]}}"
-            entries.append(
-                "{" + ", ".join(_values(j, bag, weights, sources, gathers[j], rows, weighted)) + "}"
-            )
+            bag, here = spec.bags[j], f"{{class{c}, &bags{c}[{k}]}}"
+            (by_table[bag.table] if shape.writes == "rows" else weighing).append(here)
+            target = rows[bag.table] if shape.writes == "rows" else weighted[bag.loads[1]]
+            values = _values(j, bag, weights, sources, gathers[j], shape, target)
+            entries.append("{" + ", ".join(values) + "}")
         tables.append(f"const class{c}_bag bags{c}[] = {{\n    " + ",\n    ".join(entries) + "};")
-    body = _body(by_table, where, tables, rows, weighted, weights, _batch(spec, sources), threads)
-    return f"constexpr int64_t BAGS = {len(spec.bags)};\n{HELPERS}" + "".join(functions), body
+    body = f"""
+  const int64_t B = {_batch(spec, sources)};
+  {_zeros([*weighted.values(), *(rows[t] for t in rows if t not in by_table)])}
+  {(chr(10) + "  ").join(tables)}"""
+    body += _rows_body(by_table, rows, weights, threads) + _weights_body(weighing, threads)
+    return f"constexpr int64_t BAGS = {len(spec.bags)};\n{HELPERS}{LANES}{MEMBER}" + "".join(functions), body
 
 
 def _batch(spec: Lookup, sources: Sequence[Operand]) -> str:
@@ -71,11 +80,6 @@ def _batch(spec: Lookup, sources: Sequence[Operand]) -> str:
     if first.offsets < 0:
         return sources[first.loads[0]].sizes[0]
     return f"({sources[first.offsets].sizes[0]} - {int(first.include_last_offset)})"
-
-
-def _writes(bag: Bag, rows: Mapping[int, Operand], weighted: Mapping[int, Operand]) -> str:
-    wanted = ["rows"] if bag.table in rows else []
-    return "+".join(wanted + (["weights"] if bag.weight and bag.loads[1] in weighted else []))
 
 
 def _gathers(
@@ -99,34 +103,38 @@ def _values(
     weights: Sequence[Operand],
     sources: Sequence[Operand],
     gathers: Sequence[tuple[str, str, int, str, str]],
-    rows: Mapping[int, Operand],
-    weighted: Mapping[int, Operand],
+    shape: Shape,
+    target: Operand,
 ) -> list[str]:
-    values = [*bag_values(j, bag, weights[bag.table], sources), str(bag.frozen_row)]
-    values.append(rows[bag.table].pointer if bag.table in rows else "nullptr")
-    if bag.weight and bag.loads[1] in weighted:
-        out = weighted[bag.loads[1]]
-        by_sample, by_position = ("0", "1") if bag.offsets >= 0 else (out.stride(0), out.stride(1))
-        values += [out.pointer, by_sample, by_position]
+    values = [*bag_values(j, bag, weights[bag.table], sources), str(bag.frozen_row), target.pointer]
+    if shape.writes == "weights":
+        by_sample, by_position = ("0", "1") if bag.offsets >= 0 else (target.stride(0), target.stride(1))
+        values += [by_sample, by_position]
     for _, _, _, pointer, stride in gathers:
         values += [pointer, stride]
     return values
 
 
 def _scatter(name: str, shape: Shape) -> str:
-    fields = [*bag_fields(shape), "int64_t frozen", f"{shape.table}* into"]
-    if "weights" in shape.writes:
-        fields += [f"{shape.loads[1]}* weight_into", "int64_t w_b", "int64_t w_l"]
+    """The function of one class: rows from `begin` to `end`, or the weights of samples `begin` to `end`."""
+    by_row = shape.writes == "rows"
+    fields = [*bag_fields(shape), "int64_t frozen"]
+    fields += (
+        [f"{shape.table}* into"]
+        if by_row
+        else [f"{shape.loads[1]}* into", "int64_t into_b", "int64_t into_l"]
+    )
     for k, entry in enumerate(shape.into):
         fields += [f"const {entry.split()[1]}* g{k}", f"int64_t g{k}_b"]
     per_sample, per_row = _max_steps(shape) if shape.bag.pooling == "max" else _sum_steps(shape)
+    first, last, owned = ("0", "B", "row < begin || row >= end") if by_row else ("begin", "end", _outside())
     return f"""
 struct {name}_bag {{ {"; ".join(fields)}; }};
 // gradient of {describe(shape)}
 void {name}(const void* described, int64_t begin, int64_t end, int64_t B) {{
   const auto& bag = *static_cast<const {name}_bag*>(described);
   Bad bad;  // the forward kernel has reported already
-  for (int64_t b = 0; b < B; ++b) {{
+  for (int64_t b = {first}; b < {last}; ++b) {{
     {positions(shape)}
     [[maybe_unused]] const int64_t L = last - first;
     {per_sample}
@@ -134,7 +142,7 @@ void {name}(const void* described, int64_t begin, int64_t end, int64_t B) {{
       {loads(shape)}
       {skip(shape)}
       const int64_t row = {expression(shape.bag.row)};
-      if (row < begin || row >= end) continue;
+      if ({owned}) continue;
       [[maybe_unused]] const {shape.table}* r = bag.table + row * bag.row_stride;
       {per_row}
     }}
@@ -143,40 +151,67 @@ void {name}(const void* described, int64_t begin, int64_t end, int64_t B) {{
 """
 
 
-def _gradient(shape: Shape, at: str) -> str:
-    """The bag's gradient at column `d` of row position `at`, summed over the outputs that hold it."""
+def _outside() -> str:
+    return "uint64_t(row) >= uint64_t(bag.rows)"
+
+
+def _lanes(shape: Shape) -> list[tuple[int, int]]:
+    """The row's columns cut into (start, lanes), such that no cut crosses the end of a sum's width."""
+    widest = 16
+    for entry in shape.into:
+        kind, _, wide = entry.split()
+        while kind != "concat" and int(wide) < shape.dim and int(wide) % widest:
+            widest //= 2
+    cuts, start = [], 0
+    while start < shape.dim:
+        lanes = widest
+        while start + lanes > shape.dim:
+            lanes //= 2
+        cuts.append((start, lanes))
+        start += lanes
+    return cuts
+
+
+def _gradient(shape: Shape, at: str, start: int, lanes: int) -> str:
+    """Columns `start` to `start + lanes` of the bag's gradient, summed over the outputs that hold it."""
     terms = []
     for k, entry in enumerate(shape.into):
         kind, _, wide = entry.split()
-        position = f"{at} + d" if kind == "concat" else f"d % {wide}"
-        value = f"{shape.acc}(bag.g{k}[b * bag.g{k}_b + {position}])"
-        terms.append(f"2 * {shape.acc}(r[d]) * {value}" if kind == "sum_of_squares" else value)
-    return " + ".join(terms) or "0"
+        column = f"{at} + {start}" if kind == "concat" else str(start % int(wide))
+        value = f"read<{shape.acc}, {lanes}>(bag.g{k} + b * bag.g{k}_b + {column})"
+        twice = f"{shape.acc}(2) * read<{shape.acc}, {lanes}>(r + {start})"
+        terms.append(f"{twice} * {value}" if kind == "sum_of_squares" else value)
+    return f"({' + '.join(terms)})"
 
 
 def _sum_steps(shape: Shape) -> tuple[str, str]:
-    bag, acc, dim = shape.bag, shape.acc, shape.dim
-    at = f"l * {dim}" if bag.pooling == "none" else "0"
-    scale = f"{acc}({expression(bag.weight)})" if bag.weight else "1"
-    before = ""
-    if bag.divisor:
-        before = _divisor(shape)
-        scale += " / divisor"
-    add = f"for (int64_t d = 0; d < {dim}; ++d) to[d] = to[d] + ({_gradient(shape, at)}) * scale;"
-    if scale == "1":
-        add = f"for (int64_t d = 0; d < {dim}; ++d) to[d] = to[d] + ({_gradient(shape, at)});"
-    else:
-        add = f"const {acc} scale = {scale};\n        {add}"
-    steps = ""
-    if "rows" in shape.writes:
-        steps = f"if (row != bag.frozen) {{ {shape.table}* to = bag.into + row * {dim};\n        {add} }}"
-    if "weights" in shape.writes:
+    """(code before a sample's rows, code for one row)."""
+    bag, acc = shape.bag, shape.acc
+    at = f"l * {shape.dim}" if bag.pooling == "none" else "0"
+    before = _divisor(shape) if bag.divisor else ""
+    newline = "\n        "
+    if not shape.into:
+        return "", ""
+    if shape.writes == "weights":
+        dots = [
+            f"{{ const auto product = {_gradient(shape, at, start, lanes)} * read<{acc}, {lanes}>(r + {start}); "
+            f"for (int n = 0; n < {lanes}; ++n) dot += product[n]; }}"
+            for start, lanes in _lanes(shape)
+        ]
         over = " / divisor" if bag.divisor else ""
-        steps += (
-            f"\n      {acc} dot = 0; for (int64_t d = 0; d < {dim}; ++d) dot += ({_gradient(shape, at)}) * {acc}(r[d]);"
-            f"\n      bag.weight_into[b * bag.w_b + l * bag.w_l] += dot{over};"
-        )
-    return before, steps
+        target = "bag.into[b * bag.into_b + l * bag.into_l]"
+        return before, f"{acc} dot = 0;{newline}{newline.join(dots)}{newline}{target} = {target} + dot{over};"
+    scale = f"{acc}({expression(bag.weight)})" if bag.weight else f"{acc}(1)"
+    scale += " / divisor" if bag.divisor else ""
+    scaled = " * scale" if bag.weight or bag.divisor else ""
+    adds = [
+        f"store<{acc}, {lanes}>(read<{acc}, {lanes}>(to + {start}) + {_gradient(shape, at, start, lanes)}{scaled},"
+        f" to + {start});"
+        for start, lanes in _lanes(shape)
+    ]
+    lines = [f"if (row == bag.frozen) continue;\n      {shape.table}* to = bag.into + row * {shape.dim};"]
+    lines += [f"const {acc} scale = {scale};"] if scaled else []
+    return before, newline.join([*lines, *adds])
 
 
 def _divisor(shape: Shape) -> str:
@@ -216,56 +251,59 @@ def _max_steps(shape: Shape) -> tuple[str, str]:
         if (!any || {shape.acc}(r[d]) > value[d]) {{ value[d] = r[d]; largest[d] = l; }}
       any = true;
     }}"""
+    grads = [_element(shape, k) for k in range(len(shape.into))]
     step = (
         f"if (row != bag.frozen) {{ {shape.table}* to = bag.into + row * {dim};\n"
         f"        for (int64_t d = 0; d < {dim}; ++d)\n"
-        f"          if (largest[d] == l) to[d] = to[d] + ({_gradient(shape, '0')}); }}"
+        f"          if (largest[d] == l) to[d] = to[d] + ({' + '.join(grads) or '0'}); }}"
     )
     return before, step
 
 
-def _body(
-    by_table: Mapping[int, Sequence[int]],
-    where: Mapping[int, str],
-    tables: Sequence[str],
+def _element(shape: Shape, k: int) -> str:
+    """Output `k`'s gradient of column `d`; a maximum is never in a sum of squares."""
+    kind, _, wide = shape.into[k].split()
+    return f"{shape.acc}(bag.g{k}[b * bag.g{k}_b + {'d' if kind == 'concat' else f'd % {wide}'}])"
+
+
+MEMBER = """
+struct Member { void (*run)(const void*, int64_t, int64_t, int64_t); const void* bag; };
+"""
+
+
+def _zeros(targets: Sequence[Operand]) -> str:
+    fills = [f"std::memset({g.pointer}, 0, {' * '.join((f'sizeof({g.ctype})', *g.sizes))});" for g in targets]
+    return "\n  ".join(fills)
+
+
+def _rows_body(
+    by_table: Mapping[int, Sequence[str]],
     rows: Mapping[int, Operand],
-    weighted: Mapping[int, Operand],
     weights: Sequence[Operand],
-    batch: str,
     threads: int,
 ) -> str:
-    members, owners, start = [], [], 0
+    if not by_table:
+        return ""
+    members, owners = [], []
     for t, bags in by_table.items():
-        members += [where[j] for j in bags]
-        grad = rows.get(t)
-        dim, size = weights[t].sizes[1], f"sizeof({weights[t].ctype})"
-        pointer = f"reinterpret_cast<char*>({grad.pointer})" if grad else "nullptr"
+        row_bytes = f"int64_t({weights[t].sizes[1]} * sizeof({weights[t].ctype}))"
+        span = f"{len(members)}, {len(members) + len(bags)}"
         owners.append(
-            f"{{{pointer}, {weights[t].sizes[0]}, int64_t({dim} * {size}), {start}, {start + len(bags)}}}"
+            f"{{reinterpret_cast<char*>({rows[t].pointer}), {weights[t].sizes[0]}, {row_bytes}, {span}}}"
         )
-        start += len(bags)
-    untouched = [t for t in rows if t not in by_table]
-    zeros = [
-        f"std::memset({g.pointer}, 0, {' * '.join(('sizeof(' + g.ctype + ')', *g.sizes))});"
-        for g in [*weighted.values(), *(rows[t] for t in untouched)]
-    ]
-    newline = "\n  "
-    if not owners:
-        return newline + newline.join(zeros)
+        members += bags
+    newline = ",\n    "
     return f"""
-  const int64_t B = {batch};
-  {newline.join(zeros)}
-  {newline.join(tables)}
-  const struct {{ void (*scatter)(const void*, int64_t, int64_t, int64_t); const void* bag; }} members[] = {{
-    {(", " + newline + "  ").join(members)}}};
+  const Member members[] = {{
+    {newline.join(members)}}};
   struct Table {{ char* grad; int64_t rows, row_bytes, first, last, stripe, before; }};
   Table tables[] = {{
-    {(", " + newline + "  ").join(owners)}}};
+    {newline.join(owners)}}};
   int64_t tasks = 0;
   for (auto& t : tables) {{
-    t.stripe = {threads} == 1 ? t.rows : std::max<int64_t>({STRIPE_BYTES} / t.row_bytes, 1);
     // at most four stripes a thread: each walks all ids of its table
-    t.stripe = std::max<int64_t>(std::max(t.stripe, (t.rows + {4 * threads} - 1) / {4 * threads}), 1);
+    const int64_t least = {"t.rows" if threads == 1 else f"(t.rows + {4 * threads - 1}) / {4 * threads}"};
+    t.stripe = std::max<int64_t>({{least, {STRIPE_BYTES} / t.row_bytes, 1}});
     t.before = tasks;
     tasks += std::max<int64_t>((t.rows + t.stripe - 1) / t.stripe, 1);
   }}
@@ -275,6 +313,18 @@ def _body(
     while (which + 1 < {len(owners)} && tables[which + 1].before <= task) ++which;
     const auto& t = tables[which];
     const int64_t begin = (task - t.before) * t.stripe, end = std::min(begin + t.stripe, t.rows);
-    if (t.grad) std::memset(t.grad + begin * t.row_bytes, 0, (end - begin) * t.row_bytes);
-    for (int64_t m = t.first; m < t.last; ++m) members[m].scatter(members[m].bag, begin, end, B);
+    std::memset(t.grad + begin * t.row_bytes, 0, (end - begin) * t.row_bytes);
+    for (int64_t m = t.first; m < t.last; ++m) members[m].run(members[m].bag, begin, end, B);
   }}"""
+
+
+def _weights_body(weighing: Sequence[str], threads: int) -> str:
+    if not weighing:
+        return ""
+    newline = ",\n    "
+    return f"""
+  const Member weighing[] = {{
+    {newline.join(weighing)}}};
+  #pragma omp parallel for num_threads({threads}) schedule(static)
+  for (int64_t begin = 0; begin < B; begin += {RUN})
+    for (const auto& m : weighing) m.run(m.bag, begin, std::min<int64_t>(begin + {RUN}, B), B);"""

@@ -21,6 +21,27 @@ struct Bad {
 };
 """
 
+# Vectors spelled out: Inductor compiles with -fno-tree-loop-vectorize.
+LANES = """
+template <typename A, int N> struct Lanes { typedef A type __attribute__((vector_size(N * sizeof(A)))); };
+template <typename A, int N, typename T> inline typename Lanes<A, N>::type read(const T* r) {
+  typename Lanes<A, N>::type lanes;
+  if constexpr (std::is_same_v<A, T>) {
+    std::memcpy(&lanes, r, sizeof lanes);
+  } else {
+    for (int n = 0; n < N; ++n) lanes[n] = static_cast<A>(r[n]);
+  }
+  return lanes;
+}
+template <typename A, int N, typename T> inline void store(typename Lanes<A, N>::type lanes, T* out) {
+  if constexpr (std::is_same_v<A, T>) {
+    std::memcpy(out, &lanes, sizeof lanes);
+  } else {
+    for (int n = 0; n < N; ++n) out[n] = static_cast<T>(lanes[n]);
+  }
+}
+"""
+
 
 @dataclass(frozen=True)
 class Operand:
