@@ -132,6 +132,11 @@ def to_cpp(expr: sympy.Basic) -> str:
     return _print(expr, _CPP)
 
 
+def is_truth(expr: sympy.Basic) -> bool:
+    """Whether `expr` is a comparison, or made of comparisons: a boolean in every language."""
+    return isinstance(expr, Relational | And | Or | Not | BooleanTrue | BooleanFalse)
+
+
 def to_triton(expr: sympy.Basic) -> str:
     """`expr` as a Triton expression on blocks; symbols print as variables of the same name."""
     return _print(expr, _TRITON)

@@ -1,6 +1,9 @@
-"""`torch.ops.recompile.lookup` and its backward: schemas, shape functions, autograd, reference kernels."""
+"""`torch.ops.recompile.lookup` and its backward: schemas, shape functions, autograd, reference kernels; the ops
+of other devices share them."""
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +54,10 @@ def batch(spec: Lookup, sources: Sequence[Tensor]) -> int:
     return sources[first.offsets].shape[0] - int(first.include_last_offset)
 
 
-def _dtype(out: Output, spec: Lookup, weights: Sequence[Tensor], sources: Sequence[Tensor]) -> torch.dtype:
+def output_dtype(
+    out: Output, spec: Lookup, weights: Sequence[Tensor], sources: Sequence[Tensor]
+) -> torch.dtype:
+    """What `torch.cat` of an output's parts would have."""
     dtypes = [weights[spec.bags[p].table].dtype if p >= 0 else sources[~p].dtype for p in out.parts]
     result = dtypes[0]
     for dtype in dtypes[1:]:
@@ -59,20 +65,19 @@ def _dtype(out: Output, spec: Lookup, weights: Sequence[Tensor], sources: Sequen
     return result
 
 
-@torch.library.register_fake("recompile::lookup", lib=_library)
-def _(weights: Sequence[Tensor], sources: Sequence[Tensor], spec: str) -> list[Tensor]:
+def fake(weights: Sequence[Tensor], sources: Sequence[Tensor], spec: str) -> list[Tensor]:
+    """The shape function of every lookup op."""
     group = Lookup.parse(spec)
     return [
         weights[0].new_empty(
             (batch(group, sources), output_width(out, group, sources)),
-            dtype=_dtype(out, group, weights, sources),
+            dtype=output_dtype(out, group, weights, sources),
         )
         for out in group.outputs
     ]
 
 
-@torch.library.register_fake("recompile::lookup_backward", lib=_library)
-def _(
+def fake_backward(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     sources: Sequence[Tensor],
@@ -80,37 +85,44 @@ def _(
     tables: Sequence[int],
     loads: Sequence[int],
 ) -> list[Tensor]:
+    """The shape function of every backward op."""
     like = [*(weights[t] for t in tables), *(sources[s] for s in loads)]
     return [x.new_empty(x.shape) for x in like]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps what `differentiate` needs: the inputs."""
     weights, sources, spec = inputs
     ctx.tables, ctx.spec = len(weights), spec
     ctx.save_for_backward(*weights, *sources)
 
 
-def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    weights, sources = ctx.saved_tensors[: ctx.tables], ctx.saved_tensors[ctx.tables :]
-    spec = Lookup.parse(ctx.spec)
-    wanted = ctx.needs_input_grad
-    tables = [t for t, needed in enumerate(wanted[0]) if needed]
-    weighting = {bag.loads[1] for bag in spec.bags if bag.weight}
-    loads = [s for s, needed in enumerate(wanted[1]) if needed and s in weighting]
-    kept = [o for o, g in enumerate(grads) if g is not None]
-    part = Lookup(spec.tables, spec.bags, tuple(spec.outputs[o] for o in kept))
-    given = [grads[o] for o in kept]
-    found = torch.ops.recompile.lookup_backward(given, weights, sources, str(part), tables, loads)
-    by_table: list[Tensor | None] = [None] * len(weights)
-    by_source: list[Tensor | None] = [None] * len(sources)
-    for t, g in zip(tables, found, strict=False):
-        by_table[t] = g
-    for s, g in zip(loads, found[len(tables) :], strict=True):
-        by_source[s] = g
-    for s, needed in enumerate(wanted[1]):
-        if needed and s not in weighting:
-            by_source[s] = _copied(s, given, part, sources)
-    return by_table, by_source, None
+def differentiate(backward: str) -> Callable[..., tuple[Any, ...]]:
+    """The autograd formula of a lookup op whose gradients the op `recompile::<backward>` computes."""
+
+    def formula(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        weights, sources = ctx.saved_tensors[: ctx.tables], ctx.saved_tensors[ctx.tables :]
+        spec = Lookup.parse(ctx.spec)
+        wanted = ctx.needs_input_grad
+        tables = [t for t, needed in enumerate(wanted[0]) if needed]
+        weighting = {bag.loads[1] for bag in spec.bags if bag.weight}
+        loads = [s for s, needed in enumerate(wanted[1]) if needed and s in weighting]
+        kept = [o for o, g in enumerate(grads) if g is not None]
+        part = Lookup(spec.tables, spec.bags, tuple(spec.outputs[o] for o in kept))
+        given = [grads[o] for o in kept]
+        found = getattr(torch.ops.recompile, backward)(given, weights, sources, str(part), tables, loads)
+        by_table: list[Tensor | None] = [None] * len(weights)
+        by_source: list[Tensor | None] = [None] * len(sources)
+        for t, g in zip(tables, found, strict=False):
+            by_table[t] = g
+        for s, g in zip(loads, found[len(tables) :], strict=True):
+            by_source[s] = g
+        for s, needed in enumerate(wanted[1]):
+            if needed and s not in weighting:
+                by_source[s] = _copied(s, given, part, sources)
+        return by_table, by_source, None
+
+    return formula
 
 
 def _copied(source: int, grads: Sequence[Any], spec: Lookup, sources: Sequence[Tensor]) -> Tensor:
@@ -126,7 +138,31 @@ def _copied(source: int, grads: Sequence[Any], spec: Lookup, sources: Sequence[T
     return total
 
 
-torch.library.register_autograd("recompile::lookup", _differentiate, setup_context=_setup, lib=_library)
+torch.library.register_fake("recompile::lookup", fake, lib=_library)
+torch.library.register_fake("recompile::lookup_backward", fake_backward, lib=_library)
+torch.library.register_autograd(
+    "recompile::lookup", differentiate("lookup_backward"), setup_context=save_for_backward, lib=_library
+)
 
 LOOKUP = torch.ops.recompile.lookup.default
 LOOKUP_BACKWARD = torch.ops.recompile.lookup_backward.default
+
+
+def op_for(device_type: str) -> torch._ops.OpOverload | None:
+    """The lookup op whose tables are on such a device; None where there is none."""
+    return lookup_ops().get(device_type)
+
+
+def is_lookup(target: object) -> bool:
+    """Whether a node with this target is a lookup op, on any device."""
+    return target in lookup_ops().values()
+
+
+@functools.cache
+def lookup_ops() -> dict[str, torch._ops.OpOverload]:
+    """The lookup op of each device type that has one; a machine without Triton has none for "cuda"."""
+    found = {"cpu": LOOKUP}
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("recompile.lowering.lookup.triton_op")
+        found["cuda"] = torch.ops.recompile.lookup_triton.default
+    return found
