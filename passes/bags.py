@@ -97,7 +97,8 @@ def _id_step(node: fx.Node):  # type: ignore[no-untyped-def]
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 def _arguments(node: fx.Node) -> dict[str, object]:

@@ -158,18 +158,6 @@ def permute_from_transpose(node: fx.Node, given: dict[str, Any], build: Builder)
     return build.equal(aten.permute.default, source, order)
 
 
-@spelling(aten.permute)
-def join_permutes(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
-    """`permute(permute(x, p), q)` is one `permute`, and `permute(x, [0, 1, 2])` is `x`."""
-    source, order = given["self"], given["dims"]
-    if order == list(range(len(order))):
-        return source  # type: ignore[no-any-return]
-    if source.target is not aten.permute.default:
-        return None
-    first, rank = source.args[1], len(order)
-    return build.equal(aten.permute.default, source.args[0], [first[d] % rank for d in order])
-
-
 @spelling(aten.squeeze)
 def drop_unsqueeze_squeeze(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`squeeze(unsqueeze(x, d), d)` is `x`."""

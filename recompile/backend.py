@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis
 from torch._inductor.compile_fx import compile_fx
 
 from .capture import capture
 from .errors import CaptureError, IndexOutOfRange, StrictError, unknown
 from .options import Options
 from .pipeline import ordered, parse_passes, run_passes
-from .report import Refusal, RegionRecord, new_graph, user_line
+from .report import GraphRecord, Refusal, RegionRecord, forget, new_graph, user_line
 from .rewrite import Pass
 
 log = logging.getLogger("recompile")
@@ -47,15 +48,34 @@ def recompile(
     """
     chosen = Options.from_dict(options)
     passes = ordered(parse_passes(chosen.passes))
-    optimized = _optimize(gm, example_inputs, chosen, passes)
-    patches = inductor_settings(mode)
-    if any(_is_region(node) for node in optimized.graph.nodes):
+    patches = inductor_settings(mode) | dict(chosen.inductor)
+    record = new_graph()
+    optimized = _optimize(gm, example_inputs, chosen, passes, record)
+    try:
+        compiled: Any = compile_fx(
+            optimized, example_inputs, config_patches=_with_ours(patches, optimized) or None
+        )
+    except RestartAnalysis:  # how Inductor asks Dynamo to trace the graph again
+        forget(record)
+        raise
+    except Exception as error:
+        if optimized is gm:
+            raise
+        compiled = compile_fx(
+            gm, example_inputs, config_patches=patches or None
+        )  # raises if Inductor cannot either
+        _give_up(record, error, strict=chosen.strict)
+    return _naming_bad_ids(compiled)
+
+
+def _with_ours(patches: dict[str, Any], gm: fx.GraphModule) -> dict[str, Any]:
+    """Inductor's settings for a graph; the user's win over ours."""
+    ours: dict[str, Any] = {}
+    if any(_is_region(node) for node in gm.graph.nodes):
         # Dynamo's guards have checked the inputs' sizes and strides. Inductor checks each again: 27 of the 65 us
         # that 26 one-id bags take at batch 1 (2.6 GHz Xeon).
-        patches["size_asserts"] = False
-    patches |= dict(chosen.inductor)
-    compiled: Any = compile_fx(optimized, example_inputs, config_patches=patches or None)
-    return _naming_bad_ids(compiled)
+        ours["size_asserts"] = False
+    return ours | patches
 
 
 def inductor_settings(mode: str | None) -> dict[str, Any]:
@@ -71,10 +91,13 @@ def inductor_settings(mode: str | None) -> dict[str, Any]:
 
 
 def _optimize(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, passes: Sequence[Pass]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    passes: Sequence[Pass],
+    record: GraphRecord,
 ) -> fx.GraphModule:
     """`gm` captured and rewritten; or `gm` itself, and the reason in the record, where that fails."""
-    record = new_graph()
     record.nodes_before = record.nodes_after = len(gm.graph.nodes)
     try:
         captured = capture(gm)
@@ -86,13 +109,24 @@ def _optimize(
     except CaptureError as error:
         record.fallback = Refusal(error.why, error.node, error.line)
     except Exception as error:  # a fault of ours must not cost the user a model that Inductor compiles
-        log.debug("%s", traceback.format_exc())
-        record.fallback = Refusal(f"of an internal error, {type(error).__name__}: {error}")
+        _give_up(record, error, strict=options.strict)
+        return gm
     if record.fallback:
         _fall_back(record.fallback, strict=options.strict)
         return gm
     record.nodes_after = len(captured.gm.graph.nodes)
     return captured.gm
+
+
+def _give_up(record: GraphRecord, error: Exception, strict: bool) -> None:
+    """Records a fault of ours: our graph, or what Inductor made of it, did not compile."""
+    log.debug("%s", "".join(traceback.format_exception(error)))
+    record.fallback, record.nodes_after, record.regions = (
+        Refusal(f"of an internal error, {type(error).__name__}: {error}"),
+        record.nodes_before,
+        [],
+    )
+    _fall_back(record.fallback, strict)
 
 
 _warned: set[str] = set()

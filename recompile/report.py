@@ -120,6 +120,13 @@ def new_graph() -> GraphRecord:
     return record
 
 
+def forget(record: GraphRecord) -> None:
+    """Takes back a record of this thread: Dynamo will trace its graph again."""
+    for records in (_graphs, _collector.get() or []):
+        with _lock:
+            records[:] = [r for r in records if r is not record]
+
+
 def last_report() -> Report:
     """The graphs compiled in this process, oldest first, since it started or since `reset()`."""
     with _lock:

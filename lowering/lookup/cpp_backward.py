@@ -284,7 +284,8 @@ def _rows_body(
 ) -> str:
     if not by_table:
         return ""
-    members, owners = [], []
+    members: list[str] = []
+    owners: list[str] = []
     for t, bags in by_table.items():
         row_bytes = f"int64_t({weights[t].sizes[1]} * sizeof({weights[t].ctype}))"
         span = f"{len(members)}, {len(members) + len(bags)}"
