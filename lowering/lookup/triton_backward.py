@@ -14,8 +14,7 @@ from recompile.lowering.lookup.spec import Bag, Lookup
 from recompile.lowering.lookup.triton_common import (
     End,
     Kind,
-    counts,
-    divisor,
+    divide,
     is_max,
     kind_of,
     length_of,
@@ -141,7 +140,9 @@ def _squares(kind: Kind) -> bool:
 
 
 def _side_by_side(kind: Kind) -> list[str]:
-    read = f"value = tl.load(table + row[:, None] * row_stride + d[None, :], mask=wide, other=0).to({kind.acc})"
+    read = (
+        f"value = tl.load(table + row[:, None] * row_stride + d[None, :], mask=wide, other=0).to({kind.acc})"
+    )
     column = "d[None, :]" if kind.length == "1" else f"l[:, None] * {kind.dim} + d[None, :]"
     return [
         *pairs(kind),
@@ -153,12 +154,11 @@ def _side_by_side(kind: Kind) -> list[str]:
 
 
 def _pooled(kind: Kind) -> list[str]:
-    again = is_max(kind) or counts(kind) or _squares(kind)
     inside = f"here[:, None]{' & (d < ' + str(kind.dim) + ')[None, :]' if kind.uneven else ''}"
     value = "(value / divisor[:, None])" if kind.bag.divisor else "value"
     return [
         *samples(kind),
-        *(pool(kind) if again else divisor(kind)),
+        *(pool(kind) if is_max(kind) or _squares(kind) else divide(kind)),
         *_gradient(kind, "b[:, None]", "d[None, :]", inside, value),
         *(["g = g / divisor[:, None]"] if kind.bag.divisor else []),
         f"for start in range(0, longest, {kind.schedule.positions}):",

@@ -13,7 +13,7 @@ from torch import Tensor
 from recompile.lowering import scalar
 from recompile.lowering.lookup import schedule
 from recompile.lowering.lookup.spec import Bag, Lookup
-from recompile.lowering.lookup.triton_kernel import Arguments
+from recompile.lowering.lookup.triton_kernel import Arguments, indent
 
 BAD_ID = "recompile: index out of range: an id is negative, or not below its table's number of rows"
 BAD_OFFSETS = "recompile: bad offsets: expected them to start at 0, not to decrease, to stay within the ids"
@@ -205,43 +205,54 @@ def pool(kind: Kind) -> list[str]:
     s = kind.schedule
     tile = f"[{s.samples}, {s.positions}, {s.columns}]"
     start = f"tl.full({tile}, float('-inf'), {kind.acc})" if is_max(kind) else f"tl.zeros({tile}, {kind.acc})"
-    lines = [f"total = {start}"]
-    lines += [f"chosen = tl.full({tile}, -1, tl.int32)"] if is_max(kind) else []
-    lines += [f"count = tl.zeros([{s.samples}, {s.positions}], {kind.acc})"] if counts(kind) else []
-    lines += [f"for start in range(0, longest, {s.positions}):"]
-    body = [*positions(kind), read_rows(kind), *weight(kind), *_step(kind)]
-    lines += ["    " + line for line in body]
-    return [*lines, *_finish(kind)]
+    chosen = [f"chosen = tl.full({tile}, -1, tl.int32)"] if is_max(kind) else []
+    step = [read_rows(kind), *weight(kind), *_add(kind), *_count(kind)]
+    lines = [f"total = {start}", *chosen, *_loop(kind, step)]
+    if not is_max(kind):
+        return [*lines, "value = tl.sum(total, 1)", *_divisor(kind)]
+    return [
+        *lines,
+        "value = tl.max(total, 1)",
+        "best = (chosen >= 0) & (total == value[:, None, :])",
+        "largest = tl.min(tl.where(best, chosen, 2147483647), 1)",
+        "value = tl.where(largest < 2147483647, value, 0)",
+    ]
 
 
-def _step(kind: Kind) -> list[str]:
-    if is_max(kind):
-        return [
-            "better = wide & ((r > total) | (chosen < 0))",
-            "total = tl.where(better, r, total)",
-            "chosen = tl.where(better, l[:, :, None], chosen)",
-        ]
-    lines = [f"total += r{' * weight[:, :, None]' if kind.bag.weight else ''}"]
-    if counts(kind):
-        each = kind.bag.count or "1"
-        lines += [f"nonzero = (tl.sum(r, 2) != 0).to({kind.acc})"] if "nonzero" in each else []
-        lines += [f"count += tl.where(keep, {expression(each)}, 0)"]
-    return lines
+def divide(kind: Kind) -> list[str]:
+    """Declares `divisor` of each sample, if the bag has one, without pooling."""
+    step = [*([read_rows(kind)] if "nonzero" in kind.bag.count else []), *_count(kind)]
+    return [*(_loop(kind, step) if counts(kind) else []), *_divisor(kind)]
 
 
-def _finish(kind: Kind) -> list[str]:
-    if is_max(kind):
-        return [
-            "value = tl.max(total, 1)",
-            "best = (chosen >= 0) & (total == value[:, None, :])",
-            "largest = tl.min(tl.where(best, chosen, 2147483647), 1)",
-            "value = tl.where(largest < 2147483647, value, 0)",
-        ]
-    return ["value = tl.sum(total, 1)", *divisor(kind)]
+def _loop(kind: Kind, step: list[str]) -> list[str]:
+    s = kind.schedule
+    return [
+        *([f"count = tl.zeros([{s.samples}, {s.positions}], {kind.acc})"] if counts(kind) else []),
+        f"for start in range(0, longest, {s.positions}):",
+        *indent([*positions(kind), *step]),
+    ]
 
 
-def divisor(kind: Kind) -> list[str]:
-    """Declares `divisor` of each sample, if the bag has one."""
+def _add(kind: Kind) -> list[str]:
+    if not is_max(kind):
+        return [f"total += r{' * weight[:, :, None]' if kind.bag.weight else ''}"]
+    return [
+        "better = wide & ((r > total) | (chosen < 0))",
+        "total = tl.where(better, r, total)",
+        "chosen = tl.where(better, l[:, :, None].to(tl.int32), chosen)",
+    ]
+
+
+def _count(kind: Kind) -> list[str]:
+    if not counts(kind):
+        return []
+    each = kind.bag.count or "1"
+    nonzero = [f"nonzero = (tl.sum(r, 2) != 0).to({kind.acc})"] if "nonzero" in each else []
+    return [*nonzero, f"count += tl.where(keep, {expression(each)}, 0)"]
+
+
+def _divisor(kind: Kind) -> list[str]:
     if not kind.bag.divisor:
         return []
     total = ["count = tl.sum(count, 1)"] if counts(kind) else []

@@ -189,7 +189,9 @@ def _add_copy(
         buffer = buffers[place.buffer]
         group.members.append(
             {
-                "x_at": args.tensor(f"s{~part}", x) if x is sources[~part] else args.tensor(f"copied{~part}", x),
+                "x_at": args.tensor(f"s{~part}", x)
+                if x is sources[~part]
+                else args.tensor(f"copied{~part}", x),
                 "x_b": args.stride(x, 0),
                 "x_d": args.stride(x, 1),
                 "width": args.number(x.shape[1]),

@@ -15,6 +15,7 @@ Triton has no lists of pointers, and a tensor of addresses cannot be made under 
 traceable), so a group of more than `LIMIT` tensors is cut into several launches.
 """
 
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,7 +99,7 @@ import triton.language as tl
 {"".join(functions)}
 
 @triton.jit(debug=True)
-def {name}({", ".join(arguments.values)}):
+def {name}({_wrapped(arguments.values, 8)}):
     program = tl.program_id(0)
 {"".join(branches)}'''
     programs = sum(group.programs(batch) for group in groups)
@@ -108,11 +109,11 @@ def {name}({", ".join(arguments.values)}):
 def _function(name: str, group: Group) -> str:
     schedule = group.schedule
     tile = f"{schedule.samples} x {schedule.positions} x {schedule.columns}"
-    parameters = ", ".join(["block", "chunk", "B", *group.members[0]])
+    parameters = ["block", "chunk", "B", *group.members[0]]
     return f'''
 
 @triton.jit
-def {name}({parameters}):
+def {name}({_wrapped(parameters, 8)}):
     """{group.title} ({schedule.name}: {tile})"""
 {group.body}'''
 
@@ -131,7 +132,7 @@ def _branch(name: str, group: Group) -> str:
         *indent(["bag = program // blocks"] if count > 1 else []),
         *indent(["item = program % blocks"]),
         *indent(line for p, texts in values.items() for line in _select(p, texts)),
-        f"    {name}({', '.join([block, chunk, 'B', *shown])})",
+        f"    {name}({_wrapped([block, chunk, 'B', *shown], 12)})",
         f"program -= {count} * blocks",
     ]
     return "".join(f"    {line}\n" for line in lines)
@@ -145,6 +146,11 @@ def _select(name: str, texts: Sequence[str]) -> Iterator[str]:
     for k, text in enumerate(texts):
         if text != texts[0]:
             yield f"{name} = tl.where(bag == {k}, {text}, {name})"
+
+
+def _wrapped(words: Iterable[str], margin: int) -> str:
+    """`words` between commas, over lines of about 100 characters."""
+    return textwrap.fill(", ".join(words), 100, subsequent_indent=" " * margin, break_long_words=False)
 
 
 def indent(lines: Iterable[str], by: int = 1) -> list[str]:
