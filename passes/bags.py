@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from recompile.lowering import scalar
-from recompile.lowering.lookup import Bag, Lookup
+from recompile.lowering.lookup import Bag, Lookup, op
 from recompile.rewrite import Refuse
 
 aten = torch.ops.aten
@@ -28,6 +28,10 @@ class Found:
     sources: tuple[fx.Node, ...]
 
     @property
+    def device(self) -> torch.device:
+        return self.table.meta["val"].device  # type: ignore[no-any-return]
+
+    @property
     def batch(self) -> object:
         return self.value.meta["val"].shape[0]
 
@@ -42,7 +46,7 @@ def find(node: fx.Node) -> Found | None:
         return _embedding(node)
     if node.target in (aten.embedding_bag.default, aten.embedding_bag.padding_idx):
         return _embedding_bag(node)
-    if node.target is torch.ops.recompile.lookup.default:
+    if op.is_lookup(node.target):
         return _pooled(node)
     return None
 
@@ -119,8 +123,8 @@ def check_table(node: fx.Node) -> fx.Node:
     table = given["weight"]
     assert isinstance(table, fx.Node)
     val = table.meta["val"]
-    if val.device.type != "cpu":
-        raise Refuse(f"no lookup kernel for device {val.device.type} yet", node)
+    if op.op_for(val.device.type) is None:
+        raise Refuse(f"no lookup kernel for device {val.device.type}", node)
     if _dtype(table) not in _TABLES:
         raise Refuse(f"tables of {_dtype(table)} have no lookup kernel", node)
     if not isinstance(val.shape[1], int) or val.stride(1) != 1:

@@ -24,6 +24,7 @@ from torch import fx
 
 from recompile.graph.order import depths, erase
 from recompile.lowering.lookup import Bag, Lookup, Output, Table
+from recompile.lowering.lookup.op import op_for
 from recompile.rewrite import Context, Effects, Pass, Refuse, register
 from recompile.rewrite.effects import storages
 from recompile.rewrite.sort import dependences, sort
@@ -79,7 +80,7 @@ def _check_unwritten(found: Found, effects: Effects) -> None:
 def _groups(found: Sequence[Found], effects: Effects, depth: dict[fx.Node, int]) -> Iterator[list[Found]]:
     groups: dict[tuple[object, ...], list[Found]] = defaultdict(list)
     for f in found:
-        groups[effects.region[f.value], depth[f.value], str(f.batch)].append(f)
+        groups[effects.region[f.value], depth[f.value], str(f.batch), f.device].append(f)
     yield from groups.values()
 
 
@@ -104,7 +105,7 @@ def _rewrite(graph: fx.Graph, group: Group) -> None:
         x if x.meta["val"].dim() <= 2 else call(aten.reshape.default, x, [-1, _per_sample(x)])
         for x in sources
     ]
-    op = call(torch.ops.recompile.lookup.default, tables, flat, str(spec))
+    op = call(op_for(group.members[0].device.type), tables, flat, str(spec))
     outs: dict[int, fx.Node] = {}
     for node, k in places:
         if k not in outs:

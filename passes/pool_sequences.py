@@ -22,6 +22,7 @@ from recompile.graph.nodes import arg
 from recompile.graph.order import erase
 from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, Output, Table
+from recompile.lowering.lookup.op import op_for
 from recompile.rewrite import Context, Pass, Refuse, register
 
 from .bags import check_table, ids_of, table_name
@@ -185,7 +186,8 @@ def _rewrite(node: fx.Node, pooled: Pooled) -> None:
     spec = Lookup(
         (Table(table_name(table), int(table.meta["val"].shape[1])),), (bag,), (Output("concat", (0,)),)
     )
-    op = emit(root, torch.ops.recompile.lookup.default, [table], loads.nodes, str(spec))
+    target = op_for(table.meta["val"].device.type)
+    op = emit(root, target, [table], loads.nodes, str(spec))
     new = emit(root, operator.getitem, op, 0)
     shape = root.meta["val"].shape
     if len(shape) == 3:

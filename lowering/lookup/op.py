@@ -1,7 +1,6 @@
 """`torch.ops.recompile.lookup` and its backward: schemas, shape functions, autograd, reference kernels; the ops
 of other devices share them."""
 
-import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from recompile.lowering.lookup import reference
 from recompile.lowering.lookup.spec import Lookup, Output
 
-_library = torch.library.Library("recompile", "FRAGMENT")
+_library: Any = torch.library.Library("recompile", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("lookup(Tensor[] weights, Tensor[] sources, str spec) -> Tensor[]")
 _library.define(
     "lookup_backward(Tensor[] grads, Tensor[] weights, Tensor[] sources, str spec, int[] tables, int[] loads)"
@@ -149,20 +148,13 @@ LOOKUP_BACKWARD = torch.ops.recompile.lookup_backward.default
 
 
 def op_for(device_type: str) -> torch._ops.OpOverload | None:
-    """The lookup op whose tables are on such a device; None where there is none."""
-    return lookup_ops().get(device_type)
+    """The lookup op whose tables are on such a device; None where there is none ("cuda" without Triton)."""
+    if device_type == "cuda" and importlib.util.find_spec("triton"):
+        importlib.import_module("recompile.lowering.lookup.triton_op")  # registers it; imports Triton, 0.3 s
+        return torch.ops.recompile.lookup_triton.default
+    return LOOKUP if device_type == "cpu" else None
 
 
 def is_lookup(target: object) -> bool:
     """Whether a node with this target is a lookup op, on any device."""
-    return target in lookup_ops().values()
-
-
-@functools.cache
-def lookup_ops() -> dict[str, torch._ops.OpOverload]:
-    """The lookup op of each device type that has one; a machine without Triton has none for "cuda"."""
-    found = {"cpu": LOOKUP}
-    if importlib.util.find_spec("triton"):
-        importlib.import_module("recompile.lowering.lookup.triton_op")
-        found["cuda"] = torch.ops.recompile.lookup_triton.default
-    return found
+    return str(target) in ("recompile.lookup.default", "recompile.lookup_triton.default")

@@ -103,7 +103,7 @@ def _split(spec: Lookup, bags: Sequence[int]) -> Iterator[list[int]]:
 def _written(
     bag: Bag, kind: Kind, rows: Mapping[int, Tensor], weighted: Mapping[int, Tensor], args: Arguments
 ) -> dict[str, str]:
-    values = {}
+    values: dict[str, str] = {}
     if "rows" in kind.writes:
         values |= {"into": args.tensor(f"into{bag.table}", rows[bag.table]), "frozen": str(bag.frozen_row)}
     if "weights" in kind.writes:

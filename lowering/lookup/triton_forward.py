@@ -68,7 +68,7 @@ def launches(
     batch: Any,
 ) -> Iterator[Launch]:
     """The launches that write every part to its places in `buffers`."""
-    for members in split(spec, [j for j in places]):
+    for members in split(spec, list(places)):
         args = Arguments()
         groups: dict[Any, Group] = {}
         for part in members:

@@ -18,6 +18,7 @@ from recompile.lowering.lookup.triton_module import load
 def lookup_triton(weights: list[Tensor], sources: list[Tensor], spec: str) -> list[Tensor]:
     """As `recompile::lookup` (see `reference.forward`)."""
     group = Lookup.parse(spec)
+    weights = [_dense_rows(w) for w in weights]
     batch = op.batch(group, sources)
     dtypes = [op.output_dtype(out, group, weights, sources) for out in group.outputs]
     places, scratch = triton_forward.find_places(group, sources)
@@ -48,6 +49,7 @@ def lookup_triton_backward(
 ) -> list[Tensor]:
     """As `recompile::lookup_backward` (see `reference.backward`)."""
     group = Lookup.parse(spec)
+    weights = [_dense_rows(w) for w in weights]
     rows = {t: _zeros(weights[t]) for t in tables}
     weighted = {s: _zeros(sources[s]) for s in loads}
     batch = op.batch(group, sources)
@@ -55,6 +57,11 @@ def lookup_triton_backward(
         _run(launch)
     given = [*(rows[t].to(weights[t].dtype) for t in tables)]
     return given + [weighted[s].to(sources[s].dtype) for s in loads]
+
+
+def _dense_rows(table: Tensor) -> Tensor:
+    """`table` itself where the elements of a row lie side by side, else a contiguous copy."""
+    return table if table.stride(1) == 1 or table.shape[1] == 1 else table.contiguous()
 
 
 def _zeros(like: Tensor) -> Tensor:

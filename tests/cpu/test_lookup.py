@@ -186,7 +186,10 @@ def test_spec_text_round_trips():
 def test_weights_shared_by_several_bags():
     """Their gradient is the sum over the bags, whatever the number of threads."""
     tables = [torch.randn(5000, 16, dtype=torch.double, requires_grad=True) for _ in range(3)]
-    ids, weight = torch.randint(0, 5000, (600, 4)), torch.randn(600, 4, dtype=torch.double, requires_grad=True)
+    ids, weight = (
+        torch.randint(0, 5000, (600, 4)),
+        torch.randn(600, 4, dtype=torch.double, requires_grad=True),
+    )
     bags = tuple(Bag(t, (0, 1), "sum", weight="x1") for t in range(3))
     spec = Lookup(tuple(Table(f"t{t}", 16) for t in range(3)), bags, (Output("concat", (0, 1, 2)),))
     check(tables, [ids, weight], spec)

@@ -26,6 +26,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.bool: "*i1",
 }
 B = 300
 
@@ -53,6 +54,17 @@ def many(dtype):
     return weights, sources, Lookup(tuple(Table(f"t{t}", 16) for t in fields), bags, outputs)
 
 
+def scalars():
+    """One of each scalar operation, on a loaded mask and float ids."""
+    keep = "Ne(x1, 0) & ~((l >= Max(x2, 2)) | Eq(Min(x0, 5), 3))"
+    bags = (
+        Bag(0, (0, 1, 2), "sum", row="Mod(x0 - 5, 1000)", keep=keep, divisor="Max(1, count)/L"),
+        Bag(0, (3,), row="trunc(x0)"),
+    )
+    sources = [ids(B, 5), torch.zeros(B, 5, dtype=torch.bool), ids(B, 1), torch.zeros(B)]
+    return [torch.zeros(1000, 8)], sources, Lookup((Table("t", 8),), bags, (Output("concat", (0, 1)),))
+
+
 JAGGED = [ids(4000), ids(B)]
 GROUPS = {
     "one-hot narrow": one_bag(16, torch.float32, [ids(B)], Bag(0, (0,))),
@@ -72,6 +84,7 @@ GROUPS = {
     ),
     "jagged max": one_bag(64, torch.float32, JAGGED, Bag(0, (0,), "max", offsets=1)),
     "long max": one_bag(128, torch.bfloat16, [ids(B, 50)], Bag(0, (0,), "max")),
+    "scalars": scalars(),
     "26 fields": many(torch.float32),
 }
 
