@@ -23,6 +23,7 @@ Render = Callable[[Sequence[Operand], Sequence[Operand], int], tuple[str, str]]
 _HEADER = """#include <torch/csrc/inductor/cpp_prefix.h>
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <memory>

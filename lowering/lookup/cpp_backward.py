@@ -13,14 +13,15 @@ from dataclasses import replace
 from recompile.lowering.lookup.cpp_common import (
     HELPERS,
     LANES,
+    Member,
     Operand,
     Shape,
-    bag_fields,
-    bag_values,
     count,
     describe,
+    described,
     expression,
     loads,
+    member,
     part_width,
     plus,
     positions,
@@ -57,22 +58,26 @@ def backward(
     functions, tables = [], []
     by_table: dict[int, list[str]] = defaultdict(list)
     weighing: list[str] = []
-    for c, (shape, members) in enumerate(classes.items()):
-        functions.append(_scatter(f"class{c}", shape))
-        entries = []
-        for k, j in enumerate(members):
-            bag, here = spec.bags[j], f"{{class{c}, &bags{c}[{k}]}}"
-            (by_table[bag.table] if shape.writes == "rows" else weighing).append(here)
-            target = rows[bag.table] if shape.writes == "rows" else weighted[bag.loads[1]]
-            values = _values(j, bag, weights, sources, gathers[j], shape, target)
-            entries.append("{" + ", ".join(values) + "}")
-        tables.append(f"const class{c}_bag bags{c}[] = {{\n    " + ",\n    ".join(entries) + "};")
+    for c, (shape, bags) in enumerate(classes.items()):
+        name, by_row = f"class{c}", shape.writes == "rows"
+        targets = [rows[spec.bags[j].table] if by_row else weighted[spec.bags[j].loads[1]] for j in bags]
+        members = [
+            _member(j, spec.bags[j], weights, sources, gathers[j], shape, target)
+            for j, target in zip(bags, targets, strict=True)
+        ]
+        struct, declarations, array = described(name, members)
+        functions.append(f"\n{struct}\n{_scatter(name, shape, declarations)}")
+        tables.append(array)
+        for k, j in enumerate(bags):
+            (by_table[spec.bags[j].table] if by_row else weighing).append(f"{{{name}, &{name}_bags[{k}]}}")
     body = f"""
   const int64_t B = {_batch(spec, sources)};
   {_zeros([*weighted.values(), *(rows[t] for t in rows if t not in by_table)])}
   {(chr(10) + "  ").join(tables)}"""
     body += _rows_body(by_table, rows, weights, threads) + _weights_body(weighing, threads)
-    return f"constexpr int64_t BAGS = {len(spec.bags)};\n{HELPERS}{LANES}{MEMBER}" + "".join(functions), body
+    return f"constexpr int64_t BAGS = {len(spec.bags)};\n{HELPERS}{LANES}{HELPERS_OF_GRADIENTS}" + "".join(
+        functions
+    ), body
 
 
 def _batch(spec: Lookup, sources: Sequence[Operand]) -> str:
@@ -97,7 +102,7 @@ def _gathers(
     return found
 
 
-def _values(
+def _member(
     j: int,
     bag: Bag,
     weights: Sequence[Operand],
@@ -105,45 +110,37 @@ def _values(
     gathers: Sequence[tuple[str, str, int, str, str]],
     shape: Shape,
     target: Operand,
-) -> list[str]:
-    values = [*bag_values(j, bag, weights[bag.table], sources), str(bag.frozen_row), target.pointer]
+) -> Member:
+    values = member(j, bag, weights[bag.table], sources)
+    values |= {"frozen": ("int64_t", str(bag.frozen_row)), "into": (f"{target.ctype}*", target.pointer)}
     if shape.writes == "weights":
         by_sample, by_position = ("0", "1") if bag.offsets >= 0 else (target.stride(0), target.stride(1))
-        values += [by_sample, by_position]
-    for _, _, _, pointer, stride in gathers:
-        values += [pointer, stride]
+        values |= {"into_b": ("int64_t", by_sample), "into_l": ("int64_t", by_position)}
+    for k, (_, ctype, _, pointer, stride) in enumerate(gathers):
+        values |= {f"g{k}_at": (f"const {ctype}*", pointer), f"g{k}_b": ("int64_t", stride)}
     return values
 
 
-def _scatter(name: str, shape: Shape) -> str:
+def _scatter(name: str, shape: Shape, declarations: str) -> str:
     """The function of one class: rows from `begin` to `end`, or the weights of samples `begin` to `end`."""
     by_row = shape.writes == "rows"
-    fields = [*bag_fields(shape), "int64_t frozen"]
-    fields += (
-        [f"{shape.table}* into"]
-        if by_row
-        else [f"{shape.loads[1]}* into", "int64_t into_b", "int64_t into_l"]
-    )
-    for k, entry in enumerate(shape.into):
-        fields += [f"const {entry.split()[1]}* g{k}", f"int64_t g{k}_b"]
     per_sample, per_row = _max_steps(shape) if shape.bag.pooling == "max" else _sum_steps(shape)
     first, last, owned = ("0", "B", "row < begin || row >= end") if by_row else ("begin", "end", _outside())
-    return f"""
-struct {name}_bag {{ {"; ".join(fields)}; }};
-// gradient of {describe(shape)}
+    return f"""// gradient of {describe(shape)}
 void {name}(const void* described, int64_t begin, int64_t end, int64_t B) {{
   const auto& bag = *static_cast<const {name}_bag*>(described);
+  {declarations}
   Bad bad;  // the forward kernel has reported already
   for (int64_t b = {first}; b < {last}; ++b) {{
     {positions(shape)}
     [[maybe_unused]] const int64_t L = last - first;
     {per_sample}
-    for (int64_t l = first; l < last; ++l) {{
+    for (int64_t p = first; p < last; ++p) {{
       {loads(shape)}
       {skip(shape)}
       const int64_t row = {expression(shape.bag.row)};
       if ({owned}) continue;
-      [[maybe_unused]] const {shape.table}* r = bag.table + row * bag.row_stride;
+      [[maybe_unused]] const {shape.table}* r = table + row * row_stride;
       {per_row}
     }}
   }}
@@ -152,66 +149,49 @@ void {name}(const void* described, int64_t begin, int64_t end, int64_t B) {{
 
 
 def _outside() -> str:
-    return "uint64_t(row) >= uint64_t(bag.rows)"
+    return "uint64_t(row) >= uint64_t(rows)"
 
 
-def _lanes(shape: Shape) -> list[tuple[int, int]]:
-    """The row's columns cut into (start, lanes), such that no cut crosses the end of a sum's width."""
-    widest = 16
-    for entry in shape.into:
-        kind, _, wide = entry.split()
-        while kind != "concat" and int(wide) < shape.dim and int(wide) % widest:
-            widest //= 2
-    cuts, start = [], 0
-    while start < shape.dim:
-        lanes = widest
-        while start + lanes > shape.dim:
-            lanes //= 2
-        cuts.append((start, lanes))
-        start += lanes
-    return cuts
+def _each_column(shape: Shape, at: str, step: str) -> str:
+    """A loop over the row's columns `d`, N at a time, with `g`: the bag's gradient there, from column `at` on.
 
-
-def _gradient(shape: Shape, at: str, start: int, lanes: int) -> str:
-    """Columns `start` to `start + lanes` of the bag's gradient, summed over the outputs that hold it."""
-    terms = []
+    It is summed over the outputs that hold the bag. No N columns cross the end of a sum's width.
+    """
+    most, terms = 16, []
     for k, entry in enumerate(shape.into):
         kind, _, wide = entry.split()
-        column = f"{at} + {start}" if kind == "concat" else str(start % int(wide))
-        value = f"read<{shape.acc}, {lanes}>(bag.g{k} + b * bag.g{k}_b + {column})"
-        twice = f"{shape.acc}(2) * read<{shape.acc}, {lanes}>(r + {start})"
-        terms.append(f"{twice} * {value}" if kind == "sum_of_squares" else value)
-    return f"({' + '.join(terms)})"
+        while kind != "concat" and int(wide) < shape.dim and int(wide) % most:
+            most //= 2
+        column = f"{at} + d" if kind == "concat" else f"d % {wide}"
+        value = f"read<A, N>(g{k}_at + b * g{k}_b + {column})"
+        terms.append(f"A(2) * read<A, N>(r + d) * {value}" if kind == "sum_of_squares" else value)
+    return f"""columns<{shape.acc}, {shape.dim}, {most}>([&]<typename A, int N>(int64_t d) {{
+        const auto g = {" + ".join(terms)};
+        {step}
+      }});"""
 
 
 def _sum_steps(shape: Shape) -> tuple[str, str]:
     """(code before a sample's rows, code for one row)."""
     bag, acc = shape.bag, shape.acc
-    at = f"l * {shape.dim}" if bag.pooling == "none" else "0"
+    at = f"p * {shape.dim}" if bag.pooling == "none" else "0"
     before = _divisor(shape) if bag.divisor else ""
-    newline = "\n        "
     if not shape.into:
         return "", ""
     if shape.writes == "weights":
-        dots = [
-            f"{{ const auto product = {_gradient(shape, at, start, lanes)} * read<{acc}, {lanes}>(r + {start}); "
-            f"for (int n = 0; n < {lanes}; ++n) dot += product[n]; }}"
-            for start, lanes in _lanes(shape)
-        ]
+        dot = "const auto product = g * read<A, N>(r + d); for (int n = 0; n < N; ++n) dot += product[n];"
         over = " / divisor" if bag.divisor else ""
-        target = "bag.into[b * bag.into_b + l * bag.into_l]"
-        return before, f"{acc} dot = 0;{newline}{newline.join(dots)}{newline}{target} = {target} + dot{over};"
+        target = "into[b * into_b + p * into_l]"
+        return before, (
+            f"{acc} dot = 0;\n      {_each_column(shape, at, dot)}\n      {target} = {target} + dot{over};"
+        )
     scale = f"{acc}({expression(bag.weight)})" if bag.weight else f"{acc}(1)"
     scale += " / divisor" if bag.divisor else ""
-    scaled = " * scale" if bag.weight or bag.divisor else ""
-    adds = [
-        f"store<{acc}, {lanes}>(read<{acc}, {lanes}>(to + {start}) + {_gradient(shape, at, start, lanes)}{scaled},"
-        f" to + {start});"
-        for start, lanes in _lanes(shape)
-    ]
-    lines = [f"if (row == bag.frozen) continue;\n      {shape.table}* to = bag.into + row * {shape.dim};"]
+    scaled = bool(bag.weight or bag.divisor)
+    add = f"store<A, N>(read<A, N>(to + d) + g{' * scale' if scaled else ''}, to + d);"
+    lines = ["if (row == frozen) continue;", f"{shape.table}* to = into + row * {shape.dim};"]
     lines += [f"const {acc} scale = {scale};"] if scaled else []
-    return before, newline.join([*lines, *adds])
+    return before, "\n      ".join([*lines, _each_column(shape, at, add)])
 
 
 def _divisor(shape: Shape) -> str:
@@ -221,13 +201,13 @@ def _divisor(shape: Shape) -> str:
     needs_row = "nonzero" in shape.bag.count
     read = (
         f"const int64_t row = {expression(shape.bag.row)};\n"
-        f"      if (uint64_t(row) >= uint64_t(bag.rows)) continue;\n"
+        f"      if ({_outside()}) continue;\n"
         f"      const {shape.table}* r = bag.table + row * bag.row_stride;"
         if needs_row
         else ""
     )
     return f"""{shape.acc} count = 0;
-    for (int64_t l = first; l < last; ++l) {{
+    for (int64_t p = first; p < last; ++p) {{
       {loads(shape)}
       {skip(shape)}
       {read}
@@ -241,21 +221,21 @@ def _max_steps(shape: Shape) -> tuple[str, str]:
     before = f"""int64_t largest[{dim}];
     {shape.acc} value[{dim}];
     bool any = false;
-    for (int64_t l = first; l < last; ++l) {{
+    for (int64_t p = first; p < last; ++p) {{
       {loads(shape)}
       {skip(shape)}
       const int64_t row = {expression(shape.bag.row)};
-      if (uint64_t(row) >= uint64_t(bag.rows)) continue;
-      const {shape.table}* r = bag.table + row * bag.row_stride;
+      if ({_outside()}) continue;
+      const {shape.table}* r = table + row * row_stride;
       for (int64_t d = 0; d < {dim}; ++d)
-        if (!any || {shape.acc}(r[d]) > value[d]) {{ value[d] = r[d]; largest[d] = l; }}
+        if (!any || {shape.acc}(r[d]) > value[d]) {{ value[d] = r[d]; largest[d] = p; }}
       any = true;
     }}"""
     grads = [_element(shape, k) for k in range(len(shape.into))]
     step = (
-        f"if (row != bag.frozen) {{ {shape.table}* to = bag.into + row * {dim};\n"
+        f"if (row != frozen) {{ {shape.table}* to = into + row * {dim};\n"
         f"        for (int64_t d = 0; d < {dim}; ++d)\n"
-        f"          if (largest[d] == l) to[d] = to[d] + ({' + '.join(grads) or '0'}); }}"
+        f"          if (largest[d] == p) to[d] = to[d] + ({' + '.join(grads) or '0'}); }}"
     )
     return before, step
 
@@ -263,10 +243,16 @@ def _max_steps(shape: Shape) -> tuple[str, str]:
 def _element(shape: Shape, k: int) -> str:
     """Output `k`'s gradient of column `d`; a maximum is never in a sum of squares."""
     kind, _, wide = shape.into[k].split()
-    return f"{shape.acc}(bag.g{k}[b * bag.g{k}_b + {'d' if kind == 'concat' else f'd % {wide}'}])"
+    return f"{shape.acc}(g{k}_at[b * g{k}_b + {'d' if kind == 'concat' else f'd % {wide}'}])"
 
 
-MEMBER = """
+HELPERS_OF_GRADIENTS = """
+// Calls f with vectors' first columns: of as many lanes as fit a register and are not above MOST, the rest one by one.
+template <typename A, int D, int MOST, typename F> inline void columns(const F& f) {
+  constexpr int N = std::min<int>({MOST, REGISTER / int(sizeof(A)), int(std::bit_floor(unsigned(D)))});
+  for (int64_t d = 0; d < D / N * N; d += N) f.template operator()<A, N>(d);
+  for (int64_t d = D / N * N; d < D; ++d) f.template operator()<A, 1>(d);
+}
 struct Member { void (*run)(const void*, int64_t, int64_t, int64_t); const void* bag; };
 """
 
