@@ -53,6 +53,11 @@ def parse(text: str) -> sympy.Basic:
     return expr
 
 
+def text(expr: sympy.Basic) -> str:
+    """The text that `parse` reads."""
+    return str(expr).lower() if isinstance(expr, BooleanTrue | BooleanFalse) else str(expr)
+
+
 def _reject_unknown(expr: sympy.Basic) -> None:
     allowed = (
         sympy.Symbol,

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, op
-from recompile.rewrite import Refuse
+from recompile.rewrite import Refuse, arguments
 
 aten = torch.ops.aten
+CASTS = (
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.to.other,
+    aten._cast_Long.default,
+)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _TABLES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -63,7 +73,7 @@ def ids_of(node: fx.Node) -> tuple[fx.Node, sympy.Basic]:
     Casts to integers, sums with constants, `% n` and clamps are followed; anything else is taken as it is.
     """
     steps = []
-    while (step := _id_step(node)) is not None:
+    while (step := id_step(node)) is not None:
         node, apply = step
         steps.append(apply)
     expr: sympy.Basic = scalar.symbol("x0")
@@ -74,43 +84,51 @@ def ids_of(node: fx.Node) -> tuple[fx.Node, sympy.Basic]:
     return node, expr
 
 
-def _id_step(node: fx.Node):  # type: ignore[no-untyped-def]
-    """(input, the function of one element that `node` is), or None."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    source = node.args[0]
+def id_step(node: fx.Node) -> tuple[fx.Node, Callable[[Any], Any]] | None:
+    """(input, the function of one element that `node` is): casts to int64, arithmetic with constants; or None."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
     if (
-        not isinstance(source.meta.get("val"), torch.Tensor)
-        or source.meta["val"].shape != node.meta["val"].shape
+        not isinstance(source, fx.Node)
+        or not isinstance(node.target, OpOverload)
+        or _dtype(node) is not torch.int64
     ):
         return None
-    if node.target in (aten.to.dtype, aten._to_copy.default, aten._cast_Long.default):
-        if _dtype(node) is not torch.int64 or _dtype(source) is torch.bool:
+    if node.target in CASTS:
+        if _dtype(source) is torch.bool:
             return None
-        return source, (scalar.trunc if _dtype(source).is_floating_point else lambda x: x)
-    if _dtype(source) is not torch.int64 or len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1:
+        return source, scalar.trunc if _dtype(source).is_floating_point else lambda x: x
+    apply = _ON_IDS.get(node.target.overloadpacket)
+    given = [value for name, value in arguments(node).items() if name != "self"]
+    if (
+        apply is None
+        or _dtype(source) is not torch.int64
+        or not all(type(v) in (int, type(None)) for v in given)
+    ):
         return None
-    number = node.args[1]
-    if node.target in (aten.add.Tensor, aten.add.Scalar) and type(number) is int and len(node.args) == 2:
-        return source, lambda x: x + number
-    if node.target in (aten.sub.Tensor, aten.sub.Scalar) and type(number) is int and len(node.args) == 2:
-        return source, lambda x: x - number
-    if node.target is aten.remainder.Scalar and type(number) is int and number > 0:
-        return source, lambda x: sympy.Mod(x, number)
-    return None
+    if apply is sympy.Mod and given[0] <= 0:
+        return None
+    return source, lambda x: apply(x, *given)
+
+
+def _clamp(x: sympy.Basic, low: int | None = None, high: int | None = None) -> sympy.Basic:
+    x = x if low is None else sympy.Max(x, low)
+    return x if high is None else sympy.Min(x, high)
+
+
+# Arithmetic on ids: the operator's arguments after the first, all constants.
+_ON_IDS: dict[Any, Callable[..., Any]] = {
+    aten.add: lambda x, number, alpha: x + number * alpha,
+    aten.sub: lambda x, number, alpha: x - number * alpha,
+    aten.remainder: sympy.Mod,
+    aten.clamp: _clamp,
+    aten.clamp_min: _clamp,
+    aten.clamp_max: lambda x, high: _clamp(x, None, high),
+}
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
     dtype: torch.dtype = node.meta["val"].dtype
     return dtype
-
-
-def _arguments(node: fx.Node) -> dict[str, object]:
-    """Arguments by schema name, with defaults."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {a.name: a.default_value for a in schema if a.has_default_value()}
-    given |= {a.name: v for a, v in zip(schema, node.args, strict=False)}
-    return given | dict(node.kwargs)
 
 
 def check_table(node: fx.Node) -> fx.Node:
@@ -119,7 +137,7 @@ def check_table(node: fx.Node) -> fx.Node:
     Raises:
         Refuse: no kernel of ours reads it, or makes the gradient that it asks for.
     """
-    given = _arguments(node)
+    given = arguments(node)
     table = given["weight"]
     assert isinstance(table, fx.Node)
     val = table.meta["val"]
@@ -137,7 +155,7 @@ def check_table(node: fx.Node) -> fx.Node:
 
 
 def _embedding(node: fx.Node) -> Found:
-    given = _arguments(node)
+    given = arguments(node)
     table = check_table(node)
     ids = given["indices"]
     assert isinstance(ids, fx.Node)
@@ -155,14 +173,14 @@ def _embedding(node: fx.Node) -> Found:
 
 
 def _embedding_bag(node: fx.Node) -> Found:
-    given = _arguments(node)
+    given = arguments(node)
     table = check_table(node)
     values = [u for u in node.users if u.args[1:] == (0,)]
     if len(values) != 1 or len(node.users) != 1:
         raise Refuse("more than the pooled value of this embedding_bag is used", node)
     ids, offsets, weights = given["indices"], given["offsets"], given["per_sample_weights"]
     assert isinstance(ids, fx.Node) and isinstance(offsets, fx.Node)
-    pooling = ("sum", "sum", "max")[int(given["mode"])]  # type: ignore[call-overload]
+    pooling = ("sum", "sum", "max")[int(given["mode"])]
     divisor = "Max(1, count)" if given["mode"] == 1 else ""
     padding = given["padding_idx"]
     sources, regular = _regular(ids, offsets)
@@ -174,7 +192,7 @@ def _embedding_bag(node: fx.Node) -> Found:
         rows = table.meta["val"].shape[0]
         if not isinstance(rows, int):
             raise Refuse("padding_idx in a table with a changing number of rows", node)
-        bag = replace(bag, keep=f"Ne(x0, {padding % rows})")  # type: ignore[operator]
+        bag = replace(bag, keep=f"Ne(x0, {padding % rows})")
     if isinstance(weights, fx.Node):
         if regular:
             sources, bag = (

@@ -5,14 +5,17 @@
 ->
     y[b] = sum over l with m[b, l] of W[ids[b, l]]   / (count + eps)
 
-A mask that is a comparison of ids, or of positions with lengths, is evaluated in the kernel; any other boolean
-`[B, L]` is loaded. A multiplier that is not a cast boolean is a weight, and gets its gradient.
+and max(masked_fill(e, ~m, -inf), 1) the maximum over the same. A mask that is computed from ids, positions or lengths
+is computed in the kernel (`positions.py`); any other is loaded. A multiplier that is no mask is a weight, and gets its
+gradient.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 import torch
@@ -23,238 +26,230 @@ from recompile.graph.order import erase
 from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, Output, Table
 from recompile.lowering.lookup.op import op_for
-from recompile.rewrite import Context, Pass, Refuse, register
+from recompile.rewrite import Builder, Context, Effects, Pass, Refuse, arguments, register, same
+from recompile.rewrite import replace as put
 
-from .bags import check_table, ids_of, table_name
-from .canonicalize import emit
+from .bags import check_table, table_name
+from .pool_divisors import Pooled, Rows, absorb_division
+from .positions import Reader
 
 aten = torch.ops.aten
-_COMPARE = {
-    aten.ne.Scalar: sympy.Ne,
-    aten.eq.Scalar: sympy.Eq,
-    aten.gt.Scalar: sympy.Gt,
-    aten.ge.Scalar: sympy.Ge,
-    aten.lt.Scalar: sympy.Lt,
-    aten.le.Scalar: sympy.Le,
-}
-_COMPARE_TENSORS = {
-    aten.lt.Tensor: sympy.Lt,
-    aten.le.Tensor: sympy.Le,
-    aten.gt.Tensor: sympy.Gt,
-    aten.ge.Tensor: sympy.Ge,
-}
-_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.to.other)
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """What a pooling node computes: the lookup, and what each row is multiplied with."""
-
-    rows: fx.Node
-    mask: fx.Node | None = None  # kept where true
-    masked: fx.Node | None = None  # dropped where true
-    mean: bool = False
+_MATMULS = (aten.bmm.default, aten.matmul.default)
+LEAST = -1e8  # a maximum filled with this or less is one over the kept rows: tables hold no such numbers
 
 
 @register
 @dataclass(frozen=True)
 class PoolSequences(Pass):
-    """Rewrites hand-written pooling over dim 1 of a looked-up sequence (see the module)."""
+    """Rewrites hand-written pooling of a looked-up sequence (see the module)."""
 
     after = ("canonicalize",)
     before = ("fuse-lookups",)
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         ctx.rule(self.name())
+        effects = Effects(graph)
         for node in list(graph.nodes):
-            pooled = None if node._erased else pooling(node)
+            pooled = None if node._erased or not node.users else find(node)
             if pooled is None:
                 continue
             ctx.tried(self.name())
+            builder = Builder(effects, pooled.root, self.name())
             try:
-                _rewrite(node, pooled)
+                _rewrite(pooled, builder)
             except Refuse as refusal:
-                ctx.refuse(self.name(), refusal.why, refusal.at)
-                continue
-            ctx.fired(self.name())
+                ctx.refuse(self.name(), refusal.why, refusal.at or node)
+            else:
+                ctx.fired(self.name())
+            builder.discard()
 
 
-def pooling(node: fx.Node) -> Pooled | None:
+def find(node: fx.Node) -> Pooled | None:
     """What `node` pools, or None if it pools no looked-up sequence."""
-    if node.target is aten.bmm.default:
-        mask, rows = arg(node, 0), arg(node, 1)
-        one = mask.meta["val"].shape[1]
-        return Pooled(rows, mask) if _is_lookup(rows) and isinstance(one, int) and one == 1 else None
-    if node.target not in (aten.sum.dim_IntList, aten.mean.dim) or node.kwargs.get("dtype") is not None:
+    if node.target in _MATMULS:
+        return _product(node)
+    kinds = {
+        aten.sum.dim_IntList: "sum",
+        aten.mean.dim: "mean",
+        aten.amax.default: "max",
+        aten.max.dim: "max",
+    }
+    kind = kinds.get(node.target)  # type: ignore[call-overload]
+    if kind is None:
         return None
-    x, dims = arg(node, 0), arg(node, 1)
-    if x.meta["val"].dim() != 3 or list(dims) not in ([1], [-2]):
+    given = arguments(node)
+    rows = _trace(given["self"])
+    dims = given["dim"] if isinstance(given["dim"], list) else [given["dim"]]
+    if rows is None or len(dims) != 1 or rows.axes[dims[0]] != "l" or given.get("dtype") is not None:
         return None
-    mean = node.target is aten.mean.dim
-    if _is_lookup(x):
-        return Pooled(x, mean=mean)
-    if x.target is aten.mul.Tensor:
-        for rows, mask in (x.args, reversed(x.args)):
-            if _is_lookup(rows) and isinstance(mask, fx.Node):
-                return Pooled(rows, mask, mean=mean)
-    if x.target is aten.masked_fill.Scalar and arg(x, 2) == 0 and _is_lookup(arg(x, 0)):
-        return Pooled(arg(x, 0), masked=arg(x, 1), mean=mean)
-    if x.target is aten.where.ScalarOther and arg(x, 2) == 0 and _is_lookup(arg(x, 1)):
-        return Pooled(arg(x, 1), arg(x, 0), mean=mean)
+    axes = tuple("" if axis == "l" else axis for axis in rows.axes if axis != "l" or given["keepdim"])
+    if node.target is not aten.max.dim:
+        return Pooled(node, rows, kind, axes)
+    values = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
+    return None if values is None else Pooled(values, rows, kind, axes, [node])
+
+
+def _product(node: fx.Node) -> Pooled | None:
+    """`bmm(m[B, 1, L], rows)` or `bmm(rows transposed, m[B, L, 1])`."""
+    for which in (0, 1):
+        rows, other = _trace(node.args[1 - which]), node.args[which]
+        if rows is None or len(rows.axes) != 3 or not isinstance(other, fx.Node):
+            continue
+        shape, summed = other.meta["val"].shape, rows.axes[1 if which == 0 else 2]
+        if summed != "l" or len(shape) != 3 or not same(shape[1 + which], 1):
+            continue
+        axes = ("b0", "", "l") if which == 0 else ("b0", "l", "")
+        rows = replace(rows, steps=(*rows.steps, ("weight", other, axes)))
+        return Pooled(node, rows, "sum", tuple("" if axis == "l" else axis for axis in rows.axes))
     return None
 
 
-def _is_lookup(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.embedding.default and node.meta["val"].dim() == 3
+def _trace(node: Any) -> Rows | None:
+    """The looked-up sequence that `node` is, masked or weighted position by position."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if node.target is aten.embedding.default:
+        rank = node.meta["val"].dim()
+        samples = tuple(f"b{k}" for k in range(rank - 2))
+        return Rows(node, (*samples, "l", "d")) if rank > 2 else None
+    if node.target is aten.permute.default:
+        rows = _trace(node.args[0])
+        order = arguments(node)["dims"]
+        return rows and replace(rows, axes=tuple(rows.axes[k] for k in order), inside=(*rows.inside, node))
+    for rows, what, by, fill in _steps(node):
+        traced = _trace(rows)
+        if traced is None or not same(node.meta["val"].shape, rows.meta["val"].shape):
+            continue
+        if traced.steps and fill != traced.fill:
+            return None
+        axes = traced.axes[len(traced.axes) - by.meta["val"].dim() :]
+        zeros = [x for x in node.args[2:] if isinstance(x, fx.Node) and rows in x.all_input_nodes]
+        inside = (*traced.inside, *zeros, node)
+        return replace(traced, steps=(*traced.steps, (what, by, axes)), inside=inside, fill=fill)
+    return None
 
 
-class _Loads:
-    """The bag's loads while its mask is read off the graph: x0 the ids, x1, ... what else is needed."""
-
-    def __init__(self, ids: fx.Node) -> None:
-        self.nodes = [ids]
-
-    def symbol(self, node: fx.Node) -> sympy.Symbol:
-        if node not in self.nodes:
-            self.nodes.append(node)
-        return scalar.symbol(f"x{self.nodes.index(node)}")
-
-    def number(self, node: fx.Node) -> sympy.Basic:
-        """An integer tensor `[B, L]` (or `[B, 1]`, `[L]`) at (b, l)."""
-        if _is_positions(node):
-            return scalar.symbol("l")
-        if node.meta["val"].dim() != 2:
-            raise Refuse("the mask compares something that is not [B, L]", node)
-        base, expr = ids_of(node)
-        return expr.subs(scalar.symbol("x0"), self.symbol(base))
-
-    def mask(self, node: fx.Node, length: object) -> sympy.Basic:
-        """A boolean as an expression; `[B, L]`, `[B, L, 1]` or `[B, 1, L]`."""
-        if node.target in _CASTS and isinstance(arg(node, 0), fx.Node):
-            return self.mask(arg(node, 0), length)
-        if node.target is aten.unsqueeze.default:
-            return self.mask(arg(node, 0), length)
-        if node.target in (aten.logical_not.default, aten.bitwise_not.default):
-            return sympy.Not(self.mask(arg(node, 0), length))
-        if node.target in (aten.logical_and.default, aten.bitwise_and.Tensor):
-            return sympy.And(*(self.mask(arg(node, k), length) for k in (0, 1)))
-        if node.meta["val"].dtype is not torch.bool:
-            raise Refuse("the multiplier is not a boolean", node)
-        if node.target in _COMPARE and isinstance(arg(node, 1), int) and not isinstance(arg(node, 1), bool):
-            return _COMPARE[node.target](self.number(arg(node, 0)), arg(node, 1))
-        if node.target in _COMPARE_TENSORS:
-            return _COMPARE_TENSORS[node.target](*(self.number(arg(node, k)) for k in (0, 1)))
-        if node.meta["val"].dim() == 2:
-            return sympy.Ne(self.symbol(node), 0)
-        raise Refuse("the mask is not [B, L]", node)
+def _steps(node: fx.Node) -> Iterator[tuple[Any, str, fx.Node, float]]:
+    """How `node` may mask or weight something: that, "weight", "keep" or "drop", by what, filling with what."""
+    target, args = node.target, node.args
+    found: list[tuple[Any, str, Any, Any]] = []
+    if target is aten.mul.Tensor:
+        found = [(args[0], "weight", args[1], 0), (args[1], "weight", args[0], 0)]
+    elif target is aten.masked_fill.Scalar:
+        found = [(args[0], "drop", args[1], args[2])]
+    elif target is aten.where.ScalarOther:
+        found = [(args[1], "keep", args[0], args[2])]
+    elif target is aten.where.self:
+        found = [(args[1], "keep", args[0], _constant(args[2]))]
+    elif target is aten.sub.Tensor and isinstance(args[1], fx.Node) and args[1].target is aten.mul.Tensor:
+        mask, large = args[1].args  # e - (1 - m) * 1e9
+        found = [(args[0], "drop", mask, -large)] if isinstance(large, int | float) else []
+    for rows, what, by, fill in found:
+        if isinstance(by, fx.Node) and isinstance(fill, int | float):
+            yield rows, what, by, float(fill)
 
 
-def _is_positions(node: fx.Node) -> bool:
-    """`arange(L)`, with or without leading dims of size 1."""
-    while node.target is aten.unsqueeze.default:
-        node = arg(node, 0)
-    if node.target in (aten.arange.default,):
-        return True
-    return node.target is aten.arange.start and arg(node, 0) == 0
+def _constant(node: Any) -> float | None:
+    """The number that fills all of `node`."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target in (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default):
+        return 0.0
+    filled = node.target in (aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
+    value = arg(node, 0 if node.target is aten.scalar_tensor.default else 1) if filled else None
+    return value if isinstance(value, int | float) else None
 
 
-def _rewrite(node: fx.Node, pooled: Pooled) -> None:
-    rows = pooled.rows
-    if len(rows.users) != 1:
-        other = next((u for u in rows.users if u is not node and node not in u.users), next(iter(rows.users)))
-        raise Refuse(f"the looked-up rows are also used by {other.name}", rows)
-    table = check_table(rows)
-    ids, row = ids_of(arg(rows, 1))
-    loads, keep, weight = _Loads(ids), sympy.true, ""
-    length = rows.meta["val"].shape[1]
-    if pooled.masked is not None:
-        keep = sympy.Not(loads.mask(pooled.masked, length))
-    elif pooled.mask is not None:
-        keep, weight = _mask_or_weight(pooled, loads, length, node)
-    divisor, root = ("L", node) if pooled.mean else _division(node, keep, loads, length, weight)
-    padding = arg(rows, 2, rows.kwargs.get("padding_idx", -1))
+def _rewrite(pooled: Pooled, builder: Builder) -> None:
+    """Puts the bag in the place of what it computes."""
+    lookup = pooled.rows.lookup
+    table, ids = check_table(lookup), arg(lookup, 1)
+    samples = tuple(axis for axis in pooled.rows.axes if axis.startswith("b"))
+    reader = Reader(builder, tuple(sorted(samples)), ids.meta["val"].shape)
+    row = reader.element(ids, (*sorted(samples), "l"))
+    keep, weight = _masks(pooled, reader)
+    if pooled.kind == "max":
+        _check_max(pooled, weight, table)
+    elif pooled.rows.fill:
+        raise Refuse(f"masked positions are filled with {pooled.rows.fill}, not with zeros", pooled.root)
+    if pooled.kind == "mean":
+        pooled.divisor = scalar.symbol("L")
+    elif pooled.kind == "sum" and weight is None:
+        absorb_division(pooled, keep, reader)
+    _check_unshared(pooled, builder.effects)
+    loads, exprs = reader.numbered([row, *([] if weight is None else [weight]), keep], full=weight)
+    for node in (table, *loads):
+        if builder.effects.is_written(node):
+            raise Refuse(f"{node.name}, which the lookup reads, is written in place", node)
     bag = Bag(
         0,
-        tuple(range(len(loads.nodes))),
-        "sum",
-        row=str(row),
-        keep=str(keep).lower() if keep in (sympy.true, sympy.false) else str(keep),
-        weight=weight,
-        divisor=divisor,
-        frozen_row=padding,
+        tuple(range(len(loads))),
+        "max" if pooled.kind == "max" else "sum",
+        row=str(exprs[0]),
+        keep=scalar.text(exprs[-1]),
+        weight="" if weight is None else str(exprs[1]),
+        count=pooled.count,
+        divisor="" if pooled.divisor is None else str(pooled.divisor),
+        frozen_row=int(arguments(lookup)["padding_idx"]),
+        empty=str(pooled.rows.fill),
     )
     spec = Lookup(
         (Table(table_name(table), int(table.meta["val"].shape[1])),), (bag,), (Output("concat", (0,)),)
     )
-    target = op_for(table.meta["val"].device.type)
-    op = emit(root, target, [table], loads.nodes, str(spec))
-    new = emit(root, operator.getitem, op, 0)
-    shape = root.meta["val"].shape
-    if len(shape) == 3:
-        new = emit(root, aten.unsqueeze.default, new, 1)
-    if new.meta["val"].dtype != root.meta["val"].dtype or str(new.meta["val"].shape) != str(shape):
-        raise Refuse("the pooled value has another shape or dtype than its table's rows", root)
-    root.replace_all_uses_with(new)
+    new = builder.call(op_for(table.meta["val"].device.type), [table], loads, str(spec))
+    _put(pooled, builder.call(operator.getitem, new, 0), builder)
+
+
+def _put(pooled: Pooled, new: fx.Node, builder: Builder) -> None:
+    root = pooled.root
+    if [axis for axis in pooled.axes if axis] != [*sorted(a for a in pooled.axes if a.startswith("b")), "d"]:
+        raise Refuse("the pooled value has its columns before its samples", root)
+    if new.meta["val"].dtype != root.meta["val"].dtype:
+        raise Refuse("the pooled value has another dtype than its table's rows", root)
+    if len(pooled.axes) > 2:
+        new = builder.call(aten.reshape.default, new, list(root.meta["val"].shape))
+    put((root,), new, builder)
     erase(root)
 
 
-def _mask_or_weight(pooled: Pooled, loads: _Loads, length: object, node: fx.Node) -> tuple[sympy.Basic, str]:
-    mask = pooled.mask
-    assert mask is not None
-    wide = mask.meta["val"].shape
-    singles = 1 if node.target is aten.bmm.default else 2
-    if len(wide) != 3 or not isinstance(wide[singles], int) or wide[singles] != 1:
-        raise Refuse("the multiplier differs from column to column, or over the batch", mask)
-    try:
-        return loads.mask(mask, length), ""
-    except Refuse:
-        if str(wide[0]) != str(pooled.rows.meta["val"].shape[0]) or str(wide[3 - singles]) != str(length):
-            raise
-    loads.nodes[1:] = [emit(node, aten.select.int, mask, singles, 0)]
-    return sympy.true, "x1"
+def _masks(pooled: Pooled, reader: Reader) -> tuple[sympy.Basic, sympy.Basic | None]:
+    """(which positions are kept, the load that their rows are multiplied with)."""
+    keep: Any = sympy.true
+    weight = None
+    for what, by, axes in pooled.rows.steps:
+        found = reader.element(by, axes)
+        if scalar.is_truth(found):
+            keep = sympy.And(keep, sympy.Not(found) if what == "drop" else found)
+        elif what == "weight" and weight is None and found.is_Symbol:
+            weight = found
+        else:
+            raise Refuse(
+                "the mask is no boolean" if what != "weight" else "the rows have several weights", by
+            )
+    return keep, weight
 
 
-def _division(
-    node: fx.Node, keep: sympy.Basic, loads: _Loads, length: object, weight: str
-) -> tuple[str, fx.Node]:
-    """(divisor, the node that divides) where the sum's only user divides it by the number of kept positions."""
-    total, user = node, next(iter(node.users)) if len(node.users) == 1 else None
-    if user is not None and user.target is aten.squeeze.dim and len(user.users) == 1:
-        total, user = user, next(iter(user.users))
-    if user is None or weight or user.target is not aten.div.Tensor or arg(user, 0) is not total:
-        return "", node
-    divisor = arg(user, 1)
-    if not isinstance(divisor, fx.Node):
-        return "", node
-    expr = _count(divisor, keep, loads, length)
-    if expr is None or user.meta["val"].shape != total.meta["val"].shape:
-        return "", node
-    return str(expr), user
+def _check_max(pooled: Pooled, weight: object, table: fx.Node) -> None:
+    fill = pooled.rows.fill
+    if weight is not None or (pooled.rows.steps and fill > LEAST):
+        raise Refuse(
+            "a maximum of rows that are multiplied, or masked with zeros, reads them all", pooled.root
+        )
+    learns = table.meta["val"].requires_grad and torch.is_grad_enabled()
+    if pooled.root.target is aten.amax.default and learns:
+        raise Refuse("amax shares its gradient among equal values, a bag gives it to the first", pooled.root)
 
 
-def _count(node: fx.Node, keep: sympy.Basic, loads: _Loads, length: object) -> sympy.Basic | None:
-    """`node` as an expression of the number of kept positions, or None."""
-    number = arg(node, 1, None)
-    if node.target in (aten.add.Tensor, aten.add.Scalar) and isinstance(number, int | float):
-        inner = _count(arg(node, 0), keep, loads, length)
-        return None if inner is None else inner + number
-    low = number if number is not None else node.kwargs.get("min")
-    if node.target in (aten.clamp.default, aten.clamp_min.default) and isinstance(low, int | float):
-        if len(node.args) > 2 or "max" in node.kwargs:
-            return None
-        inner = _count(arg(node, 0), keep, loads, length)
-        return None if inner is None else sympy.Max(inner, low)
-    if node.target in _CASTS or node.target is aten.unsqueeze.default:
-        return _count(arg(node, 0), keep, loads, length)
-    if node.target is not aten.sum.dim_IntList or len(number) != 1:
-        return None
-    known = len(loads.nodes)
-    counted = arg(node, 0)
-    try:
-        same = loads.mask(counted, length) == keep
-    except Refuse:
-        same = False
-    del loads.nodes[known:]
-    shape = counted.meta["val"].shape
-    over = str(shape[number[0]]) == str(length)
-    return scalar.symbol("count") if same and over else None
+def _check_unshared(pooled: Pooled, effects: Effects) -> None:
+    """What becomes part of the bag is used for nothing else, and nothing is written between.
+
+    Raises:
+        Refuse: otherwise.
+    """
+    inside = [pooled.rows.lookup, *pooled.rows.inside, *pooled.inside]
+    for node in inside:
+        for user in node.users:
+            if user is not pooled.root and user not in inside:
+                raise Refuse(f"the looked-up rows are also used by {user.name}", pooled.rows.lookup)
+        if (wall := effects.between(node, pooled.root)) is not None:
+            raise Refuse(f"{wall.name} stands between the lookup and the pooling", wall)

@@ -114,6 +114,10 @@ def _loop(shape: Shape) -> str:
     divisor = f", {acc}({expression(shape.bag.divisor)})" if shape.bag.divisor else ""
     start = "" if pooling == "none" else f"Values<{acc}, {shape.dim}> value;"
     start += " bool any = false;" if pooling == "max" else ""
+    empty = shape.bag.empty if shape.bag.empty != "-inf" else f"-std::numeric_limits<{acc}>::infinity()"
+    end = f"value.write(to{divisor});"
+    if pooling == "max" and float(shape.bag.empty):
+        end = f"if (any) {end} else std::fill(to, to + {shape.dim}, {shape.out}({empty}));"
     return f"""{positions(shape)}
     [[maybe_unused]] const int64_t L = last - first;
     {_ahead(shape)}
@@ -130,7 +134,7 @@ def _loop(shape: Shape) -> str:
       {step}
       {count(shape)}
     }}
-    {"" if pooling == "none" else f"value.write(to{divisor});"}"""
+    {"" if pooling == "none" else end}"""
 
 
 def _copy(shape: Shape, to: str) -> str:

@@ -53,14 +53,14 @@ def backward(
         into = tuple(f"{kind} {ctype} {wide}" for kind, ctype, wide, _, _ in gathers[j])
         if bag.table in rows:
             classes[replace(shape, into=into, writes="rows")].append(j)
-        if bag.weight and bag.loads[1] in weighted:
+        if bag.weight and bag.weight_load in weighted:
             classes[replace(shape, into=into, writes="weights")].append(j)
     functions, tables = [], []
     by_table: dict[int, list[str]] = defaultdict(list)
     weighing: list[str] = []
     for c, (shape, bags) in enumerate(classes.items()):
         name, by_row = f"class{c}", shape.writes == "rows"
-        targets = [rows[spec.bags[j].table] if by_row else weighted[spec.bags[j].loads[1]] for j in bags]
+        targets = [rows[spec.bags[j].table] if by_row else weighted[spec.bags[j].weight_load] for j in bags]
         members = [
             _member(j, spec.bags[j], weights, sources, gathers[j], shape, target)
             for j, target in zip(bags, targets, strict=True)
@@ -202,7 +202,7 @@ def _divisor(shape: Shape) -> str:
     read = (
         f"const int64_t row = {expression(shape.bag.row)};\n"
         f"      if ({_outside()}) continue;\n"
-        f"      const {shape.table}* r = bag.table + row * bag.row_stride;"
+        f"      const {shape.table}* r = table + row * row_stride;"
         if needs_row
         else ""
     )

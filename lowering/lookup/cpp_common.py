@@ -1,7 +1,7 @@
 """What the C++ of forward and backward has in common: operands, classes of bags, and the words of a bag's loop."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recompile.lowering import scalar
 from recompile.lowering.lookup.spec import Bag, Lookup
@@ -89,13 +89,12 @@ class Shape:
 
 def shape_of(bag: Bag, spec: Lookup, table: Operand, sources: Sequence[Operand], out: str) -> Shape:
     """The class that a bag belongs to."""
-    common = Bag(0, (), bag.pooling, bag.row, bag.keep, bag.weight, bag.count, bag.divisor)
     return Shape(
         dim=spec.tables[bag.table].dim,
         table=table.ctype,
         out=out,
         loads=tuple(sources[s].ctype for s in bag.loads),
-        bag=common,
+        bag=replace(bag, table=0, loads=(), offsets=-1, include_last_offset=False, frozen_row=-1),
         offsets=sources[bag.offsets].ctype if bag.offsets >= 0 else "",
         single=bag.pooling == "none" and bag.offsets < 0 and sources[bag.loads[0]].size(1) == "1",
     )

@@ -104,7 +104,7 @@ def differentiate(backward: str) -> Callable[..., tuple[Any, ...]]:
         spec = Lookup.parse(ctx.spec)
         wanted = ctx.needs_input_grad
         tables = [t for t, needed in enumerate(wanted[0]) if needed]
-        weighting = {bag.loads[1] for bag in spec.bags if bag.weight}
+        weighting = {bag.weight_load for bag in spec.bags if bag.weight}
         loads = [s for s, needed in enumerate(wanted[1]) if needed and s in weighting]
         kept = [o for o, g in enumerate(grads) if g is not None]
         part = Lookup(spec.tables, spec.bags, tuple(spec.outputs[o] for o in kept))

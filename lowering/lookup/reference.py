@@ -41,8 +41,8 @@ def backward(
         g = _bag_gradient(j, here, grads, spec, sources)
         if bag.table in by_table:
             here.add_row_gradients(by_table[bag.table], g)
-        if bag.weight and bag.loads[1] in by_load:
-            by_load[bag.loads[1]] += here.weight_gradients(g)
+        if bag.weight and bag.weight_load in by_load:
+            by_load[bag.weight_load] += here.weight_gradients(g)
     return [*by_table.values(), *by_load.values()]
 
 
@@ -126,7 +126,7 @@ class _Positions:
         return (total if divisor is None else total / divisor.unsqueeze(1)).to(self.rows.dtype)
 
     def largest(self) -> tuple[Tensor, Tensor]:
-        """Per sample and column the largest kept value (0 for an empty bag), and its first position (or P)."""
+        """Per sample and column the largest kept value (`empty` for none), and its first position (or P)."""
         sample = self.sample.unsqueeze(1).expand_as(self.rows)
         low = torch.where(self.keep.unsqueeze(1), self.rows, float("-inf"))
         top = low.new_full((self.batch, low.shape[1]), float("-inf")).scatter_reduce(0, sample, low, "amax")
@@ -134,7 +134,7 @@ class _Positions:
         at = torch.arange(n, device=low.device).unsqueeze(1).expand_as(low)
         at = torch.where((low == top[self.sample]) & self.keep.unsqueeze(1), at, n)
         first = at.new_full(top.shape, n).scatter_reduce(0, sample, at, "amin")
-        return torch.where(first < n, top, 0), first
+        return torch.where(first < n, top, float(self.bag.empty)), first
 
     def add_row_gradients(self, into: Tensor, g: Tensor) -> None:
         if self.bag.pooling == "max":

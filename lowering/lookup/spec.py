@@ -47,6 +47,12 @@ class Bag:
     offsets: int = -1  # source of the bags' first positions; -1: ids are [B] or [B, L]
     include_last_offset: bool = False
     frozen_row: int = -1  # `padding_idx` of nn.Embedding: read, but its row gets no gradient
+    empty: str = "0.0"  # the maximum over no row, a number
+
+    @property
+    def weight_load(self) -> int:
+        """The source that `weight`, which names one load, is."""
+        return self.loads[int(self.weight.removeprefix("x"))]
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def _gathers(spec: Lookup, sources: Sequence[Tensor]) -> dict[int, list[tuple[En
 
 
 def _writes(bag: Bag, rows: Mapping[int, Tensor], weighted: Mapping[int, Tensor]) -> tuple[str, ...]:
-    to_weight = bag.weight and bag.loads[1] in weighted
+    to_weight = bag.weight and bag.weight_load in weighted
     return (("rows",) if bag.table in rows else ()) + (("weights",) if to_weight else ())
 
 
@@ -90,7 +90,7 @@ def _split(spec: Lookup, bags: Sequence[int]) -> Iterator[list[int]]:
         bag = spec.bags[j]
         needed = {("table", bag.table), ("into", bag.table), *(("source", s) for s in bag.loads)}
         needed |= {("source", bag.offsets)} if bag.offsets >= 0 else set()
-        needed |= {("weight_into", bag.loads[1])} if bag.weight else set()
+        needed |= {("weight_into", bag.weight_load)} if bag.weight else set()
         if run and len(tensors | needed) > LIMIT - len(spec.outputs):
             yield run
             run, tensors = [], set()
@@ -107,8 +107,8 @@ def _written(
     if "rows" in kind.writes:
         values |= {"into": args.tensor(f"into{bag.table}", rows[bag.table]), "frozen": str(bag.frozen_row)}
     if "weights" in kind.writes:
-        x = weighted[bag.loads[1]]
-        values["weight_into"] = args.tensor(f"weight_into{bag.loads[1]}", x)
+        x = weighted[bag.weight_load]
+        values["weight_into"] = args.tensor(f"weight_into{bag.weight_load}", x)
         values["weight_b"] = "0" if bag.offsets >= 0 else args.stride(x, 0)
         values["weight_l"] = args.stride(x, 0 if bag.offsets >= 0 else 1)
     return values

@@ -5,7 +5,7 @@ side ("none") takes (sample, position) pairs one by one: its tiles are `[pairs, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def kind_of(
     known = int(length) if bag.offsets < 0 and length.isdigit() else None
     item = 8 if table.dtype == torch.float64 else 4
     return Kind(
-        bag=Bag(0, (), bag.pooling, bag.row, bag.keep, bag.weight, bag.count, bag.divisor),
+        bag=replace(bag, table=0, loads=(), offsets=-1, include_last_offset=False, frozen_row=-1),
         dim=dim,
         table=table.dtype,
         loads=tuple(sources[s].dtype for s in bag.loads),
@@ -215,8 +215,12 @@ def pool(kind: Kind) -> list[str]:
         "value = tl.max(total, 1)",
         "best = (chosen >= 0) & (total == value[:, None, :])",
         "largest = tl.min(tl.where(best, chosen, 2147483647), 1)",
-        "value = tl.where(largest < 2147483647, value, 0)",
+        f"value = tl.where(largest < 2147483647, value, {_number(kind.bag.empty)})",
     ]
+
+
+def _number(text: str) -> str:
+    return f"float('{text}')" if text in ("inf", "-inf") else text
 
 
 def divide(kind: Kind) -> list[str]:

@@ -1,0 +1,147 @@
+"""The divisor of a pooled sum: the number of kept positions, or of rows that are not all zeros, plus what is added.
+
+sum(e * m, 1) / (m.sum(1, keepdim=True) + 1e-16)      divisor  count + 1.0e-16
+sum(e, 1) / (e.sum(-1) != 0).sum(1).clamp(min=1)      divisor  Max(1, count), counting rows that are not zeros
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from recompile.lowering import scalar
+from recompile.rewrite import Refuse, arguments, same
+
+from .bags import CASTS
+from .positions import Axes, Reader, before_view
+
+aten = torch.ops.aten
+
+
+_SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.reshape.default)
+
+_SUMS = (aten.sum.dim_IntList, aten.count_nonzero.dim_IntList)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A looked-up sequence, `axes` of its dims, and what it went through: "weight", "keep", "drop" and of what."""
+
+    lookup: fx.Node
+    axes: Axes
+    steps: tuple[tuple[str, fx.Node, Axes], ...] = ()
+    inside: tuple[fx.Node, ...] = ()  # what is gone once the sequence is a bag
+    fill: float = 0.0  # what masked positions hold
+
+
+@dataclass
+class Pooled:
+    """`root` pools `rows` over the positions: a "sum", a "mean" or a "max"; `axes` are those of `root`."""
+
+    root: fx.Node
+    rows: Rows
+    kind: str
+    axes: Axes
+    inside: list[fx.Node] = field(default_factory=list)
+    divisor: sympy.Basic | None = None
+    count: str = ""
+
+
+def absorb_division(pooled: Pooled, keep: sympy.Basic, reader: Reader) -> None:
+    """Where the sum's only user divides it by the number of kept positions, that is the root."""
+    path, total, axes = [], pooled.root, pooled.axes
+    while len(total.users) == 1:
+        (user,) = total.users
+        path.append(total)
+        if user.op != "call_function":
+            return
+        if user.target is aten.div.Tensor and user.args[0] is total and isinstance(user.args[1], fx.Node):
+            break
+        view = before_view(user, tuple(str(k) for k in range(user.meta["val"].dim())))
+        if user.target not in _SQUEEZES or view is None:
+            return
+        at = dict(zip(view[1], axes, strict=True))  # a dim of `user` -> its axis
+        total, axes = user, tuple(at.get(str(k), "") for k in range(user.meta["val"].dim()))
+    else:
+        return
+    divisor = user.args[1]
+    count = _Count(pooled, keep, reader)
+    expr = count.read(divisor, axes[len(axes) - divisor.meta["val"].dim() :])
+    if expr is None or not same(user.meta["val"].shape, total.meta["val"].shape):
+        return
+    pooled.divisor, pooled.count = expr, "nonzero" if count.nonzero else ""
+    pooled.inside += [*path, *(count.inside if count.nonzero else [])]
+    pooled.root, pooled.axes = user, axes
+
+
+@dataclass
+class _Count:
+    """Reads a divisor as an expression of the number of kept positions, or of rows that are not all zeros."""
+
+    pooled: Pooled
+    keep: sympy.Basic
+    reader: Reader
+    nonzero: bool = False
+    inside: list[fx.Node] = field(default_factory=list)
+
+    def read(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
+        view = before_view(node, axes)
+        if view is not None:
+            return self._through(node, *view)
+        given = arguments(node) if node.op == "call_function" and isinstance(node.target, OpOverload) else {}
+        if node.target in CASTS:
+            return self._through(node, node.args[0], axes)
+        if node.target in (aten.add.Tensor, aten.add.Scalar) and isinstance(given["other"], int | float):
+            inner = self._through(node, node.args[0], axes)
+            return None if inner is None or given["alpha"] != 1 else inner + given["other"]
+        if node.target in (aten.clamp.default, aten.clamp_min.default) and given.get("max") is None:
+            inner = self._through(node, node.args[0], axes)
+            return (
+                None
+                if inner is None or not isinstance(given["min"], int | float)
+                else sympy.Max(inner, given["min"])
+            )
+        dims = given.get("dim")
+        if node.target in _SUMS and isinstance(dims, list) and len(dims) == 1:
+            spread = (*axes[: dims[0]], "l", *axes[dims[0] + int(given.get("keepdim", False)) :])
+            return scalar.symbol("count") if self._counts(node, given["self"], spread) else None
+        return None
+
+    def _through(self, node: fx.Node, source: Any, axes: Axes) -> sympy.Basic | None:
+        self.inside.append(node)
+        return self.read(source, axes)
+
+    def _counts(self, node: fx.Node, summed: fx.Node, axes: Axes) -> bool:
+        self.inside.append(node)
+        if len(axes) != summed.meta["val"].dim():
+            return False
+        if self.keep == sympy.true and self._tells_zeros(summed, axes):
+            self.nonzero = True
+            return True
+        try:
+            found = self.reader.element(summed, axes)
+        except Refuse:
+            return False
+        if node.target is aten.count_nonzero.dim_IntList and not scalar.is_truth(found):
+            found = sympy.Ne(found, 0)
+        return scalar.is_truth(found) and found == self.keep
+
+    def _tells_zeros(self, node: fx.Node, axes: Axes) -> bool:
+        """Whether `node` is `rows.sum(-1) != 0`."""
+        while node.target in CASTS or before_view(node, axes):
+            self.inside.append(node)
+            node, axes = before_view(node, axes) or (node.args[0], axes)  # type: ignore[assignment]
+        if node.target is not aten.ne.Scalar or node.args[1] != 0:
+            return False
+        total: Any = node.args[0]
+        self.inside += [node, total]
+        return (
+            total.target is aten.sum.dim_IntList
+            and total.args[0] is self.pooled.rows.lookup
+            and arguments(total)["dim"] == [total.args[0].meta["val"].dim() - 1]
+        )
