@@ -57,7 +57,7 @@ class Known:
             self.graph.erase_node(node)
 
     def last(self) -> fx.Node | None:
-        return next(reversed(self.graph.nodes), None)
+        return next(iter(reversed(self.graph.nodes)), None)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether a node computes `tensor`; its id may be that of a lent tensor that is gone."""

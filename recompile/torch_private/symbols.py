@@ -38,7 +38,7 @@ def compute(graph: fx.Graph, expr: sympy.Basic, symbols: dict[sympy.Symbol, fx.N
     Each new node has `meta["val"]`.
     """
     proxies = {symbol: fx.Proxy(node) for symbol, node in symbols.items()}
-    before = next(reversed(graph.nodes))
+    before = next(iter(reversed(graph.nodes)))
     node: fx.Node = sympy_interp(PythonReferenceAnalysis, proxies, expr).node
     for new in _after(before):
         args = fx.node.map_arg(new.args, lambda n: n.meta["val"])
