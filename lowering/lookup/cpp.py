@@ -40,7 +40,7 @@ AHEAD = 32
 # width 64). The width is cut into powers of two up to a register's.
 VALUES = """
 template <typename A, int D> struct Values {
-  static constexpr int N = std::min<int>(REGISTER / sizeof(A), std::bit_floor(unsigned(D)));
+  static constexpr int N = lanes_of<A>(D);
   typename Lanes<A, N>::type lanes{};
   Values<A, D - N> rest;
   template <typename T> void add(const T* r) { lanes += read<A, N>(r); rest.add(r + N); }

@@ -130,6 +130,7 @@ def _scatter(name: str, shape: Shape, declarations: str) -> str:
 void {name}(const void* described, int64_t begin, int64_t end, int64_t B) {{
   const auto& bag = *static_cast<const {name}_bag*>(described);
   {declarations}
+  using A = {shape.acc};
   Bad bad;  // the forward kernel has reported already
   for (int64_t b = {first}; b < {last}; ++b) {{
     {positions(shape)}
@@ -165,7 +166,8 @@ def _each_column(shape: Shape, at: str, step: str) -> str:
         column = f"{at} + d" if kind == "concat" else f"d % {wide}"
         value = f"read<A, N>(g{k}_at + b * g{k}_b + {column})"
         terms.append(f"A(2) * read<A, N>(r + d) * {value}" if kind == "sum_of_squares" else value)
-    return f"""columns<{shape.acc}, {shape.dim}, {most}>([&]<typename A, int N>(int64_t d) {{
+    return f"""columns<A, {shape.dim}, {most}>([&](auto lanes, int64_t d) {{
+        constexpr int N = decltype(lanes)::value;
         const auto g = {" + ".join(terms)};
         {step}
       }});"""
@@ -249,9 +251,9 @@ def _element(shape: Shape, k: int) -> str:
 HELPERS_OF_GRADIENTS = """
 // Calls f with vectors' first columns: of as many lanes as fit a register and are not above MOST, the rest one by one.
 template <typename A, int D, int MOST, typename F> inline void columns(const F& f) {
-  constexpr int N = std::min<int>({MOST, REGISTER / int(sizeof(A)), int(std::bit_floor(unsigned(D)))});
-  for (int64_t d = 0; d < D / N * N; d += N) f.template operator()<A, N>(d);
-  for (int64_t d = D / N * N; d < D; ++d) f.template operator()<A, 1>(d);
+  constexpr int N = lanes_of<A>(D, MOST);
+  for (int64_t d = 0; d < D / N * N; d += N) f(std::integral_constant<int, N>(), d);
+  for (int64_t d = D / N * N; d < D; ++d) f(std::integral_constant<int, 1>(), d);
 }
 struct Member { void (*run)(const void*, int64_t, int64_t, int64_t); const void* bag; };
 """

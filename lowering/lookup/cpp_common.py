@@ -31,6 +31,12 @@ constexpr int REGISTER = 32;
 #else
 constexpr int REGISTER = 16;
 #endif
+// How many of D columns a register holds: a power of two, at most MOST.
+template <typename A> constexpr int lanes_of(int D, int MOST = 16) {
+  int n = REGISTER / int(sizeof(A));
+  while (n > D || n > MOST) n /= 2;
+  return n;
+}
 template <typename A, int N> struct Lanes { typedef A type __attribute__((vector_size(N * sizeof(A)))); };
 template <typename A, int N, typename T> inline typename Lanes<A, N>::type read(const T* r) {
   typename Lanes<A, N>::type lanes;
