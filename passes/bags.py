@@ -42,6 +42,12 @@ class Found:
         return self.table.meta["val"].device  # type: ignore[no-any-return]
 
     @property
+    def is_sequence(self) -> bool:
+        """Whether several rows of a sample stand side by side."""
+        shape = self.sources[0].meta["val"].shape
+        return self.bag.pooling == "none" and len(shape) == 2 and shape[1] != 1
+
+    @property
     def batch(self) -> object:
         return self.value.meta["val"].shape[0]
 
@@ -163,8 +169,8 @@ def _embedding(node: fx.Node) -> Found:
     shape = source.meta["val"].shape
     if len(shape) not in (1, 2):
         raise Refuse(f"ids with {len(shape)} dimensions are not one or several ids a sample", node)
-    if len(shape) == 2 and shape[1] != 1:
-        raise Refuse("an unpooled sequence is as fast under Inductor", node)
+    if len(shape) == 2 and not isinstance(shape[1], int):
+        raise Refuse("an unpooled sequence of a changing length has no place of a fixed width", node)
     if _dtype(source) not in _INTEGERS and not _dtype(source).is_floating_point:
         raise Refuse(f"ids of {_dtype(source)}", node)
     padding = given["padding_idx"]

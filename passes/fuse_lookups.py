@@ -30,7 +30,7 @@ from recompile.rewrite.effects import storages
 from recompile.rewrite.sort import dependences, sort
 
 from .bags import Found, find, table_name
-from .rows import Group, Part
+from .rows import Group, Part, is_summed
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ class FuseLookups(Pass):
         found = list(self._find(graph, effects, ctx))
         depth = depths(dependences(graph, effects), [f.value for f in found])
         for members in _groups(found, effects, depth):
-            if len(members) < self.min_tables and all(f.bag.pooling == "none" for f in members):
+            if len(members) < self.min_tables and all(_is_one_id(f) for f in members):
                 ctx.refuse(self.name(), f"fewer than {self.min_tables} lookups to fuse", members[0].value)
                 continue
             group = Group(members, effects, depth)
@@ -64,9 +64,15 @@ class FuseLookups(Pass):
                 if found is not None:
                     ctx.tried(self.name())
                     _check_unwritten(found, effects)
+                    if found.is_sequence and not is_summed(found.value):
+                        raise Refuse("an unpooled sequence is as fast under Inductor", found.value)
                     yield found
             except Refuse as refusal:
                 ctx.refuse(self.name(), refusal.why, refusal.at)
+
+
+def _is_one_id(found: Found) -> bool:
+    return found.bag.pooling == "none" and not found.is_sequence
 
 
 def _check_unwritten(found: Found, effects: Effects) -> None:

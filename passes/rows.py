@@ -144,6 +144,20 @@ class Group:
         return [rows for rows in self.rows if any(u not in inside for u in rows.users)]
 
 
+def is_summed(value: fx.Node) -> bool:
+    """Whether something sums `value`, or its squares, over the fields: Inductor would read each row once a column."""
+    todo = [value]
+    while todo:
+        rows = todo.pop()
+        for user in rows.users:
+            squared = next(iter(user.users)) if _is_square(user) and len(user.users) == 1 else user
+            if _sums_fields(squared, rows):
+                return True
+            if user.target in RESHAPES or _joins_features(user):
+                todo.append(user)
+    return False
+
+
 def _joins_features(node: fx.Node) -> bool:
     """Whether `node` concatenates so that a sample's inputs stand side by side."""
     if node.target is not aten.cat.default:
