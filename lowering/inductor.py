@@ -1,4 +1,4 @@
-"""Our door into Inductor's IR (private API; tried with torch 2.11.0 and 2.13.0): a node that is a C++ kernel of our own.
+"""Our door into Inductor's IR (private API; tried with torch 2.11.0 and 2.13.0): nodes that are C++ kernels of ours.
 
 The kernel is defined in the generated program beside Inductor's own kernels and called with raw pointers, so no
 Python and no dispatcher stand between. Outputs are empty buffers that the node is declared to mutate.

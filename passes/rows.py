@@ -129,9 +129,10 @@ class Group:
         val = rows.meta["val"]
         width = math.prod(val.shape[arg(total, 1)[0] % val.dim() + 1 :])
         for part in self.rows[rows]:
-            if isinstance(part, fx.Node) or part.table.meta["val"].shape[1] % width:
+            columns = (part if isinstance(part, fx.Node) else part.table).meta["val"].shape[1:]
+            if math.prod(columns) % width:
                 return
-            if kind == "sum_of_squares" and part.bag.pooling != "none":
+            if kind == "sum_of_squares" and isinstance(part, Found) and part.bag.pooling != "none":
                 return
         self.sums[total] = Sum(kind, rows, width)
 

@@ -125,16 +125,18 @@ def differentiate(backward: str) -> Callable[..., tuple[Any, ...]]:
 
 
 def _copied(source: int, grads: Sequence[Any], spec: Lookup, sources: Sequence[Tensor]) -> Tensor:
-    """The gradient of a source that outputs copy: the columns it was copied to."""
-    total = torch.zeros_like(sources[source])
+    """The gradient of a source that outputs copy or sum."""
+    x = sources[source]
+    flat = x.reshape(x.shape[0], -1)
+    total = torch.zeros_like(flat)
     for out, grad in zip(spec.outputs, grads, strict=True):
         column = 0
         for p in out.parts:
             wide = reference.width(spec.bags[p], spec, sources) if p >= 0 else sources[~p][0].numel()
             if p == ~source:
-                total = total + grad[:, column : column + wide].reshape(total.shape).to(total.dtype)
+                total = total + reference.through(out, grad, column, wide, lambda: flat).to(total.dtype)
             column += wide
-    return total
+    return total.reshape(x.shape)
 
 
 torch.library.register_fake("recompile::lookup", fake, lib=_library)

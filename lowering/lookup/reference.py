@@ -1,6 +1,6 @@
 """The lookup op in plain PyTorch: its documentation, the oracle of its tests, the fallback without a kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -179,13 +179,14 @@ def _bag_gradient(
         for part in out.parts:
             wide = width(spec.bags[part], spec, sources) if part >= 0 else sources[~part][0].numel()
             if part == j:
-                total = total + _through(out, grad, column, wide, here)
+                total = total + through(out, grad, column, wide, here.value)
             column += wide
     return total
 
 
-def _through(out: Output, grad: Tensor, column: int, wide: int, here: _Positions) -> Tensor:
+def through(out: Output, grad: Tensor, column: int, wide: int, value: Callable[[], Tensor]) -> Tensor:
+    """The gradient that one part of an output gets: `[B, wide]`, from `column` on; `value` is the part."""
     if out.kind == "concat":
         return grad[:, column : column + wide]
     spread = grad.repeat(1, wide // out.width)
-    return 2 * here.value() * spread if out.kind == "sum_of_squares" else spread
+    return 2 * value() * spread if out.kind == "sum_of_squares" else spread

@@ -6,11 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from recompile.capture import capture
 from recompile.lowering.lookup import Bag, Lookup
-from recompile.options import Options
-from recompile.pipeline import run_passes
-from recompile.report import GraphRecord
+from recompile.testing import assert_rewritten_same
 
 D, L = 4, 7
 
@@ -28,25 +25,10 @@ class Pool(nn.Module):
 def pooled(how, dynamic=False):
     """(the bags, what was refused) after the passes; values and gradients are checked on the way."""
     torch.manual_seed(0)
-    model, record, graphs = Pool(how), GraphRecord(), []
     x = torch.randint(1, 50, (5, L)) * (torch.rand(5, L) > 0.4)
     x[0], x[1] = 0, 3
-    n = (x != 0).sum(1)
-
-    def backend(gm, inputs):
-        captured = capture(gm).gm
-        run_passes(captured, Options(strict=True), record)
-        graphs.append(captured.graph)
-        return captured.forward
-
-    torch._dynamo.reset()
-    actual = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(x, n)
-    expected = model(x, n)
-    torch.testing.assert_close(actual, expected, equal_nan=True)
-    parameters, seed = list(model.parameters()), torch.randn_like(expected)
-    found = [torch.autograd.grad(out, parameters, seed, allow_unused=True) for out in (actual, expected)]
-    torch.testing.assert_close(*found, equal_nan=True)
-    specs = [Lookup.parse(str(n.args[2])) for n in graphs[0].nodes if "recompile" in str(n.target)]
+    graph, record = assert_rewritten_same(Pool(how), (x, (x != 0).sum(1)), dynamic)
+    specs = [Lookup.parse(str(n.args[2])) for n in graph.nodes if "recompile" in str(n.target)]
     return [bag for spec in specs for bag in spec.bags], [
         refusal.why for p in record.passes for rule in p.rules for refusal in rule.refused
     ]
