@@ -25,8 +25,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup  ## five real models against Inductor: at most 10 minutes, results in out/
 	$(BIN)/recompile demo
 
-test: setup  ## the tests
-	$(BIN)/python -m pytest
+test: setup  ## the tests, on two cores
+	$(BIN)/python -m pytest --numprocesses 2
 
 bench: setup  ## the table of benchmarks with its targets, results in out/bench.json (ARGS="--group ratio")
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from rich.progress import Progress
 
 from . import compare
 from .bench import OURS, Row, bench, table, terminal
-from .measure import THREADS
+from .measure import THREADS, processor
 from .report import Report, collect
 from .zoo import Built, build
 
@@ -97,7 +96,7 @@ def _verdict(rows: list[Row], gradients: dict[str, float], wrong: list[str]) -> 
 
 
 def _keep(out: Path, console: Console, rows: list[Row], gradients: dict[str, float]) -> None:
-    machine = {"processor": platform.processor() or platform.machine(), "threads": THREADS}
+    machine = {"processor": processor(), "threads": THREADS}
     record = {"version": 1, "torch": torch.__version__, **machine, "gradient_errors": gradients}
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.json").write_text(json.dumps({**record, "rows": [asdict(row) for row in rows]}, indent=2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import platform
 import re
 import resource
 import statistics
@@ -111,6 +112,13 @@ def own_peak_mib() -> float:
         return float(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10  # type: ignore[index]
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def processor() -> str:
+    """The processor's name, for a table of results."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 @contextmanager

@@ -62,20 +62,21 @@ def _what(record: PassRecord) -> Iterator[str]:
         yield f"did not run: {record.skipped}"
     elif record.error:
         yield f"was undone: {record.error.splitlines()[0]}"
-    elif not any(rule.tried or rule.fired for rule in record.rules):
+    elif not any(rule.fired or rule.refused for rule in record.rules):
         yield "nothing to do" if record.nodes_before == record.nodes_after else "changed the graph"
     for rule in record.rules:
         name = "" if rule.name == record.name else f"{rule.name} "
-        if rule.tried or rule.fired:
+        if rule.fired or rule.refused:
             times = "1 time" if rule.fired == 1 else f"{rule.fired} times"
             yield f"{name}fired {times}, tried {rule.tried}, refused {len(rule.refused)}"
 
 
 def _idle(records: list[PassRecord]) -> Iterator[str]:
-    """The rules that found no candidate at all, in one line for all passes."""
-    idle = [r.name for record in records for r in record.rules if not (r.tried or r.fired or r.refused)]
+    """The rules that neither fired nor refused, in one line for all passes."""
+    idle = [r for record in records for r in record.rules if not (r.fired or r.refused)]
     if idle:
-        yield "fired 0 times, for want of candidates: " + ", ".join(idle)
+        names = (f"{r.name} (tried {r.tried})" if r.tried else r.name for r in idle)
+        yield "fired 0 times, for want of candidates: " + ", ".join(names)
 
 
 def _not_done(record: PassRecord) -> Iterator[str]:

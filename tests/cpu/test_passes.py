@@ -257,3 +257,27 @@ def test_a_concatenation_that_waits_for_other_values_is_split():
 
     graph = run(Waits(), lambda b: (torch.randint(0, 20, (b, 3)),))
     assert [r.summary for r in graph.regions] == ["3 bags over 3 tables -> concat, concat"]
+
+
+def test_a_factorization_machine_on_one_big_table():
+    class OneBigTable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(60, 4).double()
+
+        def forward(self, x):
+            rows = self.table(x + x.new_tensor((0, 20, 40)))
+            return torch.cat([rows.flatten(1), rows.sum(1) ** 2 - (rows**2).sum(1)], 1)
+
+    graph = run(OneBigTable(), lambda b: (torch.randint(0, 20, (b, 3)),))
+    assert [r.summary for r in graph.regions] == ["1 bags over 1 tables -> concat, sum_of_squares, sum"]
+
+
+def test_strided_offsets():
+    def inputs(batch):
+        lengths = torch.arange(batch) % 3
+        offsets = torch.stack([lengths.cumsum(0) - lengths, torch.full((batch,), 99)], 1)[:, 0]
+        return torch.randint(0, 20, (int(lengths.sum()) + 1,)), offsets
+
+    graph = run(Bags(mode="sum"), inputs)
+    assert rule(graph, "fuse-lookups").fired == 3

@@ -55,8 +55,8 @@ def test_the_same_refusal_is_folded_into_a_count():
 
 
 def test_a_rule_that_had_nothing_to_do_is_said():
-    text = report(pass_record(RuleRecord("flatten-cat"))).text()
-    assert "fired 0 times, for want of candidates: flatten-cat" in text
+    text = report(pass_record(RuleRecord("flatten-cat"), RuleRecord("drop-no-op", tried=2))).text()
+    assert "fired 0 times, for want of candidates: flatten-cat, drop-no-op (tried 2)" in text
 
 
 def test_failed_and_skipped_passes_say_why():
