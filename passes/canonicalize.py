@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -76,14 +75,3 @@ def _respell(node: fx.Node, effects: Effects, ctx: Context) -> list[fx.Node]:
 
 def _name(spelling: Spelling) -> str:
     return spelling.__name__.replace("_", "-")
-
-
-def emit(before: fx.Node, target: object, *args: object) -> fx.Node:
-    """A new node before another one, with its value's metadata and the other's place in the user's code."""
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args)  # type: ignore[arg-type]
-    values = fx.node.map_arg(args, lambda n: n.meta["val"])  # type: ignore[type-var]
-    with before.meta["val"].fake_mode, torch.no_grad():
-        node.meta["val"] = target(*values)  # type: ignore[operator]
-    node.meta["stack_trace"] = before.meta.get("stack_trace")
-    return node

@@ -18,38 +18,12 @@ from recompile.lowering import scalar
 from recompile.rewrite import Refuse, arguments, same
 
 from .bags import CASTS
+from .pooled_rows import Pooled
 from .positions import Axes, Reader, before_view
 
 aten = torch.ops.aten
-
-
 _SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.reshape.default)
-
 _SUMS = (aten.sum.dim_IntList, aten.count_nonzero.dim_IntList)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A looked-up sequence, `axes` of its dims, and what it went through: "weight", "keep", "drop" and of what."""
-
-    lookup: fx.Node
-    axes: Axes
-    steps: tuple[tuple[str, fx.Node, Axes], ...] = ()
-    inside: tuple[fx.Node, ...] = ()  # what is gone once the sequence is a bag
-    fill: float = 0.0  # what masked positions hold
-
-
-@dataclass
-class Pooled:
-    """`root` pools `rows` over the positions: a "sum", a "mean" or a "max"; `axes` are those of `root`."""
-
-    root: fx.Node
-    rows: Rows
-    kind: str
-    axes: Axes
-    inside: list[fx.Node] = field(default_factory=list)
-    divisor: sympy.Basic | None = None
-    count: str = ""
 
 
 def absorb_division(pooled: Pooled, keep: sympy.Basic, reader: Reader) -> None:
@@ -101,11 +75,8 @@ class _Count:
             return None if inner is None or given["alpha"] != 1 else inner + given["other"]
         if node.target in (aten.clamp.default, aten.clamp_min.default) and given.get("max") is None:
             inner = self._through(node, node.args[0], axes)
-            return (
-                None
-                if inner is None or not isinstance(given["min"], int | float)
-                else sympy.Max(inner, given["min"])
-            )
+            known = inner is not None and isinstance(given["min"], int | float)
+            return sympy.Max(inner, given["min"]) if known else None
         dims = given.get("dim")
         if node.target in _SUMS and isinstance(dims, list) and len(dims) == 1:
             spread = (*axes[: dims[0]], "l", *axes[dims[0] + int(given.get("keepdim", False)) :])

@@ -13,8 +13,7 @@ gradient.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -26,15 +25,14 @@ from recompile.graph.order import erase
 from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, Output, Table
 from recompile.lowering.lookup.op import op_for
-from recompile.rewrite import Builder, Context, Effects, Pass, Refuse, arguments, register, same
-from recompile.rewrite import replace as put
+from recompile.rewrite import Builder, Context, Effects, Pass, Refuse, arguments, register, replace
 
 from .bags import check_table, table_name
-from .pool_divisors import Pooled, Rows, absorb_division
+from .pool_divisors import absorb_division
+from .pooled_rows import Pooled, find
 from .positions import Reader
 
 aten = torch.ops.aten
-_MATMULS = (aten.bmm.default, aten.matmul.default)
 LEAST = -1e8  # a maximum filled with this or less is one over the kept rows: tables hold no such numbers
 
 
@@ -62,102 +60,6 @@ class PoolSequences(Pass):
             else:
                 ctx.fired(self.name())
             builder.discard()
-
-
-def find(node: fx.Node) -> Pooled | None:
-    """What `node` pools, or None if it pools no looked-up sequence."""
-    if node.target in _MATMULS:
-        return _product(node)
-    kinds = {
-        aten.sum.dim_IntList: "sum",
-        aten.mean.dim: "mean",
-        aten.amax.default: "max",
-        aten.max.dim: "max",
-    }
-    kind = kinds.get(node.target)  # type: ignore[call-overload]
-    if kind is None:
-        return None
-    given = arguments(node)
-    rows = _trace(given["self"])
-    dims = given["dim"] if isinstance(given["dim"], list) else [given["dim"]]
-    if rows is None or len(dims) != 1 or rows.axes[dims[0]] != "l" or given.get("dtype") is not None:
-        return None
-    axes = tuple("" if axis == "l" else axis for axis in rows.axes if axis != "l" or given["keepdim"])
-    if node.target is not aten.max.dim:
-        return Pooled(node, rows, kind, axes)
-    values = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
-    return None if values is None else Pooled(values, rows, kind, axes, [node])
-
-
-def _product(node: fx.Node) -> Pooled | None:
-    """`bmm(m[B, 1, L], rows)` or `bmm(rows transposed, m[B, L, 1])`."""
-    for which in (0, 1):
-        rows, other = _trace(node.args[1 - which]), node.args[which]
-        if rows is None or len(rows.axes) != 3 or not isinstance(other, fx.Node):
-            continue
-        shape, summed = other.meta["val"].shape, rows.axes[1 if which == 0 else 2]
-        if summed != "l" or len(shape) != 3 or not same(shape[1 + which], 1):
-            continue
-        axes = ("b0", "", "l") if which == 0 else ("b0", "l", "")
-        rows = replace(rows, steps=(*rows.steps, ("weight", other, axes)))
-        return Pooled(node, rows, "sum", tuple("" if axis == "l" else axis for axis in rows.axes))
-    return None
-
-
-def _trace(node: Any) -> Rows | None:
-    """The looked-up sequence that `node` is, masked or weighted position by position."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return None
-    if node.target is aten.embedding.default:
-        rank = node.meta["val"].dim()
-        samples = tuple(f"b{k}" for k in range(rank - 2))
-        return Rows(node, (*samples, "l", "d")) if rank > 2 else None
-    if node.target is aten.permute.default:
-        rows = _trace(node.args[0])
-        order = arguments(node)["dims"]
-        return rows and replace(rows, axes=tuple(rows.axes[k] for k in order), inside=(*rows.inside, node))
-    for rows, what, by, fill in _steps(node):
-        traced = _trace(rows)
-        if traced is None or not same(node.meta["val"].shape, rows.meta["val"].shape):
-            continue
-        if traced.steps and fill != traced.fill:
-            return None
-        axes = traced.axes[len(traced.axes) - by.meta["val"].dim() :]
-        zeros = [x for x in node.args[2:] if isinstance(x, fx.Node) and rows in x.all_input_nodes]
-        inside = (*traced.inside, *zeros, node)
-        return replace(traced, steps=(*traced.steps, (what, by, axes)), inside=inside, fill=fill)
-    return None
-
-
-def _steps(node: fx.Node) -> Iterator[tuple[Any, str, fx.Node, float]]:
-    """How `node` may mask or weight something: that, "weight", "keep" or "drop", by what, filling with what."""
-    target, args = node.target, node.args
-    found: list[tuple[Any, str, Any, Any]] = []
-    if target is aten.mul.Tensor:
-        found = [(args[0], "weight", args[1], 0), (args[1], "weight", args[0], 0)]
-    elif target is aten.masked_fill.Scalar:
-        found = [(args[0], "drop", args[1], args[2])]
-    elif target is aten.where.ScalarOther:
-        found = [(args[1], "keep", args[0], args[2])]
-    elif target is aten.where.self:
-        found = [(args[1], "keep", args[0], _constant(args[2]))]
-    elif target is aten.sub.Tensor and isinstance(args[1], fx.Node) and args[1].target is aten.mul.Tensor:
-        mask, large = args[1].args  # e - (1 - m) * 1e9
-        found = [(args[0], "drop", mask, -large)] if isinstance(large, int | float) else []
-    for rows, what, by, fill in found:
-        if isinstance(by, fx.Node) and isinstance(fill, int | float):
-            yield rows, what, by, float(fill)
-
-
-def _constant(node: Any) -> float | None:
-    """The number that fills all of `node`."""
-    if not isinstance(node, fx.Node):
-        return None
-    if node.target in (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default):
-        return 0.0
-    filled = node.target in (aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
-    value = arg(node, 0 if node.target is aten.scalar_tensor.default else 1) if filled else None
-    return value if isinstance(value, int | float) else None
 
 
 def _rewrite(pooled: Pooled, builder: Builder) -> None:
@@ -208,7 +110,7 @@ def _put(pooled: Pooled, new: fx.Node, builder: Builder) -> None:
         raise Refuse("the pooled value has another dtype than its table's rows", root)
     if len(pooled.axes) > 2:
         new = builder.call(aten.reshape.default, new, list(root.meta["val"].shape))
-    put((root,), new, builder)
+    replace((root,), new, builder)
     erase(root)
 
 
