@@ -52,11 +52,12 @@ def compile_time(only: str) -> Iterator[Result]:
 
 def capture(only: str) -> Iterator[Result]:
     """Milliseconds of capture and passes a node, at three sizes: the same at each if they are linear."""
-    for tables in (50, 200, 800):
-        name = f"capture + passes per node, {tables} tables"
-        if only in name:
-            ms, nodes = _capture_ms(tables)
-            yield Result(name, ms / nodes, 1.0, False, recompile=ms)
+    for dynamic in (False, True):
+        for tables in (50, 200, 800):
+            name = f"capture + passes per node, {tables} tables, {'dynamic batch' if dynamic else 'static'}"
+            if only in name:
+                ms, nodes = _capture_ms(tables, dynamic)
+                yield Result(name, ms / nodes, 1.0, False, recompile=ms)
 
 
 def models(only: str) -> Iterator[Result]:
@@ -104,8 +105,12 @@ def _cold_compile(backend: str, tables: int) -> float:
     return float(child.stdout.splitlines()[-1])
 
 
-def _capture_ms(tables: int) -> tuple[float, int]:
+def _capture_ms(tables: int, dynamic: bool) -> tuple[float, int]:
     """Milliseconds and Dynamo nodes of one graph, from the report."""
+    torch._dynamo.reset()  # otherwise a second number of tables would be a dynamic size
+    ids = torch.zeros(64, tables, dtype=torch.int64)
+    if dynamic:
+        torch._dynamo.mark_dynamic(ids, 0)
     with torch.no_grad():
-        graph = explain(OneHot(100, tables, out=8), torch.zeros(64, tables, dtype=torch.int64)).graphs[0]
+        graph = explain(OneHot(100, tables, out=8), ids).graphs[0]
     return graph.capture_ms + sum(record.ms for record in graph.passes), graph.nodes_before

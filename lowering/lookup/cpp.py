@@ -204,13 +204,16 @@ def forward(
   const int64_t B = {batch};
   {scratch}
   {newline.join([*tables, *pieces])}
-  Bad bad;
-  const bool parallel = B * ({" + ".join(row_bytes)}) > {PARALLEL_BYTES};
-  const int64_t runs = (B + {RUN} - 1) / {RUN};
-  #pragma omp parallel num_threads({threads}) if (parallel)
-  {{{"".join(loops)}{second}
-  }}
-  {_throw(spec)}"""
+  const auto run = [&] {{
+    Bad bad;
+    const bool parallel = B * ({" + ".join(row_bytes)}) > {PARALLEL_BYTES};
+    const int64_t runs = (B + {RUN} - 1) / {RUN};
+    #pragma omp parallel num_threads({threads}) if (parallel)
+    {{{"".join(loops)}{second}
+    }}
+    {_throw(spec)}
+  }};
+  run();"""
     return f"constexpr int64_t BAGS = {len(spec.bags)};\n{HELPERS}{LANES}{VALUES}" + "".join(functions), body
 
 
