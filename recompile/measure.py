@@ -90,7 +90,7 @@ def interleave(
     return Comparison({name: Timing(name, tuple(times)) for name, times in samples.items()})
 
 
-def peak_memory_mib(*argv: str) -> float:
+def peak_memory_mib(*argv: str, env: Mapping[str, str] | None = None) -> float:
     """Peak resident memory, in MiB, of a fresh `python argv...` that prints `own_peak_mib()` last.
 
     Compiler processes that the child starts are not counted.
@@ -98,7 +98,7 @@ def peak_memory_mib(*argv: str) -> float:
     Raises:
         RuntimeError: the child failed; the text is its error output.
     """
-    child = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
+    child = subprocess.run([sys.executable, *argv], env=env, capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(f"python {' '.join(argv)} failed:\n{child.stderr}")
     return float(child.stdout.splitlines()[-1])
