@@ -122,12 +122,12 @@ def _masks(pooled: Pooled, reader: Reader) -> tuple[sympy.Basic, sympy.Basic | N
         found = reader.element(by, axes)
         if scalar.is_truth(found):
             keep = sympy.And(keep, sympy.Not(found) if what == "drop" else found)
-        elif what == "weight" and weight is None and found.is_Symbol:
-            weight = found
+        elif what == "weight" and weight is None:
+            weight = found if found.is_Symbol else reader.loaded(by, axes)
+        elif what == "weight":
+            raise Refuse("the rows have several weights", by)
         else:
-            raise Refuse(
-                "the mask is no boolean" if what != "weight" else "the rows have several weights", by
-            )
+            raise Refuse("the mask is no boolean", by)
     return keep, weight
 
 

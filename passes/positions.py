@@ -113,7 +113,7 @@ class Reader:
             return None
         packet = node.target.overloadpacket
         if packet is aten.arange:
-            return _counted(node) if axes == ("l",) else None
+            return _counted(node) if axes == ("l",) and not same(_shape(node)[0], 1) else None
         if packet in _COMPARE:
             return self._compared(node, axes)
         if packet in _LOGIC:
@@ -149,6 +149,15 @@ class Reader:
         if any(map(scalar.is_truth, sides)):
             return None
         return _COMPARE[node.target.overloadpacket](*sides)  # type: ignore[union-attr]
+
+    def loaded(self, node: fx.Node, axes: Axes) -> sympy.Symbol:
+        """A load of `node`, whatever it is computed from.
+
+        Raises:
+            Refuse: it is another for each column.
+        """
+        view = before_view(node, axes)
+        return self._load(node, axes) if view is None else self.loaded(*view)
 
     def _load(self, node: fx.Node, axes: Axes) -> sympy.Symbol:
         axes = tuple("" if same(size, 1) else axis for size, axis in zip(_shape(node), axes, strict=True))

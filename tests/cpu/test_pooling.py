@@ -56,6 +56,10 @@ SPELLINGS = {
         lambda m, x, n: (m.table(x) * (torch.arange(1, L + 1) <= n[:, None]).view(-1, L, 1)).sum(1),
         Bag(0, (0, 1), "sum", keep="l + 1 <= x1", frozen_row=0),
     ),
+    "one position for all": (
+        lambda m, x, n: (m.table(x) * (torch.arange(1) < n[:, None])[..., None]).sum(1),
+        Bag(0, (0, 1, 2), "sum", keep="x1 < x2", frozen_row=0),
+    ),
     "matmul": (lambda m, x, n: (mask(x).unsqueeze(1) @ m.table(x)).squeeze(1), KEPT),
     "matmul, rows first": (
         lambda m, x, n: (m.table(x).transpose(1, 2) @ mask(x).unsqueeze(2)).squeeze(2),
@@ -115,6 +119,10 @@ SPELLINGS = {
     "ids as weights": (
         lambda m, x, n: (m.table(x) * x[..., None].double()).sum(1),
         Bag(0, (0,), "sum", weight="x0", frozen_row=0),
+    ),
+    "computed ids as weights": (
+        lambda m, x, n: (m.table(x) * (x % 7)[..., None].double()).sum(1),
+        Bag(0, (0, 1), "sum", weight="x1", frozen_row=0),
     ),
     "several lists a sample": (
         lambda m, x, n: m.table(x[:, :6].reshape(-1, 2, 3)).sum(2).flatten(1),
