@@ -116,6 +116,8 @@ class Reader:
             return _counted(node) if axes == ("l",) and not same(_shape(node)[0], 1) else None
         if packet in _COMPARE:
             return self._compared(node, axes)
+        if packet is aten.bitwise_not and _val(node).dtype is not torch.bool:
+            return None  # ~1 is -2
         if packet in _LOGIC:
             return self._joined(_LOGIC[packet], node, node.args, axes)
         if (operand := _one_minus(node)) is not None:
@@ -142,7 +144,7 @@ class Reader:
                 sides.append(self.element(x, _aligned(x, axes)))
             elif type(x) is int:
                 sides.append(sympy.Integer(x))
-            elif type(x) is float and torch.tensor(x).item() == x:
+            elif type(x) is float and torch.tensor(x, dtype=torch.float32).item() == x:
                 sides.append(sympy.Integer(int(x)) if x.is_integer() else sympy.Float(x))
             else:
                 return None  # eager rounds this number, the kernel would not
@@ -223,9 +225,14 @@ def _one_minus(node: fx.Node) -> fx.Node | None:
 
 def _keeps_numbers(old: torch.dtype, new: torch.dtype) -> bool:
     """Whether a comparison of cast numbers is one of the numbers: ids and lengths are below 2**24."""
+    if torch.bool in (old, new) or old.is_complex or new.is_complex:
+        return False
     if new.is_floating_point:
         return new.itemsize >= 4 and (new.itemsize >= old.itemsize or not old.is_floating_point)
-    return not old.is_floating_point and new.itemsize >= old.itemsize
+    if old.is_floating_point:
+        return False
+    before, after = torch.iinfo(old), torch.iinfo(new)
+    return after.min <= before.min and before.max <= after.max
 
 
 def _val(node: Any) -> torch.Tensor:

@@ -120,6 +120,14 @@ SPELLINGS = {
         lambda m, x, n: (m.table(x) * x[..., None].double()).sum(1),
         Bag(0, (0,), "sum", weight="x0", frozen_row=0),
     ),
+    "a truth of small numbers": (
+        lambda m, x, n: (m.table(x) * x.to(torch.int8).bool()[..., None]).sum(1),
+        Bag(0, (0, 1), "sum", keep="Ne(x1, 0)", frozen_row=0),
+    ),
+    "inverted bits of a mask": (
+        lambda m, x, n: (m.table(x) * ~(x != 0).long()[..., None]).sum(1),
+        Bag(0, (0, 1), "sum", weight="x1", frozen_row=0),
+    ),
     "computed ids as weights": (
         lambda m, x, n: (m.table(x) * (x % 7)[..., None].double()).sum(1),
         Bag(0, (0, 1), "sum", weight="x1", frozen_row=0),
