@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     zoo.add_argument("--only", type=_words, default=(), help="parts of names: rechub.DeepFM,DIN")
     zoo.add_argument("--batches", type=_numbers, default=(2, 7, 64), help="batch sizes: 2,7,64")
     zoo.add_argument("--scale", type=float, default=0.01, help="factor on the rows of every table")
+    zoo.add_argument("--jobs", type=int, default=2, help="models checked at a time")
     zoo.set_defaults(run=_zoo)
     explain = _target(commands.add_parser("explain", help="what was rewritten, what was not, and why"))
     explain.set_defaults(run=_explain)
@@ -101,7 +102,7 @@ def _zoo(args: argparse.Namespace) -> int:
     from .bench import terminal
     from .zoo.check import check_all
 
-    return check_all(args.only, args.batches, args.scale, terminal())
+    return check_all(args.only, args.batches, args.scale, args.jobs, terminal())
 
 
 def _explain(args: argparse.Namespace) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import torch
@@ -43,21 +45,27 @@ class Verdict:
     skipped: str = ""
 
 
-def check_all(only: Sequence[str], batches: Sequence[int], scale: float, console: Console) -> int:
-    """Check the models whose name contains one of `only` (all if empty); 0 if none regresses, else 1."""
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # models that break the graph say so at length
+def check_all(only: Sequence[str], batches: Sequence[int], scale: float, jobs: int, console: Console) -> int:
+    """Check the models whose name contains one of `only` (all if empty); 0 if none regresses, else 1.
+
+    `jobs` processes share the checks: most of a check is Inductor's Python, on one core.
+    """
     chosen = [name for name in names() if not only or any(part in name for part in only)]
     verdicts = []
-    for name in chosen:
-        for mode in ("eval", "train"):
-            verdicts.append(check(name, mode, batches, scale))
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        checks = [
+            pool.submit(check, name, mode, batches, scale) for name in chosen for mode in ("eval", "train")
+        ]
+        for done in as_completed(checks):
+            verdicts.append(done.result())
             console.print(_line(verdicts[-1]), markup=False, highlight=False)
-    console.print(table(verdicts))
+    console.print(table([done.result() for done in checks]))
     return int(not verdicts or any(verdict.why for verdict in verdicts))
 
 
 def check(name: str, mode: str, batches: Sequence[int], scale: float) -> Verdict:
     """Compare recompile with Inductor on one model, in "eval" or "train" mode, all batch sizes in a row."""
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # models that break the graph say so at length
     built = build(name, scale)
     built.model.train(mode == "train")
     try:
