@@ -16,7 +16,7 @@ import torch
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
-trunc = sympy.Function("trunc")
+trunc = sympy.Function("trunc", real=True)
 
 _OPERATORS = {
     sympy.Eq: "==",
@@ -58,27 +58,17 @@ def text(expr: sympy.Basic) -> str:
     return str(expr).lower() if isinstance(expr, BooleanTrue | BooleanFalse) else str(expr)
 
 
+WORDS = (  # what a printer knows
+    sympy.Symbol, sympy.Number, sympy.Add, sympy.Mul, sympy.Mod, sympy.Max, sympy.Min,
+    Relational, And, Or, Not, BooleanTrue, BooleanFalse, trunc,
+)  # fmt: skip
+
+
 def _reject_unknown(expr: sympy.Basic) -> None:
-    allowed = (
-        sympy.Symbol,
-        sympy.Number,
-        sympy.Add,
-        sympy.Mul,
-        sympy.Mod,
-        sympy.Max,
-        sympy.Min,
-        Relational,
-        And,
-        Or,
-        Not,
-        BooleanTrue,
-        BooleanFalse,
-        trunc,
-    )
     for part in sympy.preorder_traversal(expr):
         if isinstance(part, sympy.Pow) and part.exp == -1:
             continue
-        if not isinstance(part, allowed):
+        if not isinstance(part, WORDS):
             raise ValueError(f"{part} ({type(part).__name__}) is not part of the scalar language")
 
 

@@ -1,5 +1,21 @@
 """The rewrites, one per file. Importing this package registers them."""
 
-from . import canonicalize, common_subexpressions, dead_code, fuse_lookups, pool_sequences
+from . import (
+    canonicalize,
+    common_subexpressions,
+    dead_code,
+    fold_pairwise_linear,
+    fuse_lookups,
+    pool_sequences,
+    rewrite_attention,
+)
 
-__all__ = ["canonicalize", "common_subexpressions", "dead_code", "fuse_lookups", "pool_sequences"]
+__all__ = [
+    "canonicalize",
+    "common_subexpressions",
+    "dead_code",
+    "fold_pairwise_linear",
+    "fuse_lookups",
+    "pool_sequences",
+    "rewrite_attention",
+]

@@ -151,7 +151,7 @@ def _region(node: fx.Node) -> RegionRecord:
     from .lowering import describe
 
     lines = sorted({user_line(n) for n in (node, *node.users) if user_line(n)})
-    tables = len(node.args[0])  # type: ignore[arg-type]
+    tables = len(node.args[0]) if isinstance(node.args[0], (list, tuple)) else 0
     return RegionRecord(node.name, str(node.target), tables, describe(node), lines)
 
 

@@ -134,7 +134,8 @@ def _with_gradients(model: torch.nn.Module, call: Callable[..., Any], args: Sequ
     found = [out for out in tree_leaves(outputs) if isinstance(out, torch.Tensor) and out.requires_grad]
     torch.manual_seed(0)
     seeds = [torch.randn_like(out) for out in found]
-    return outputs, torch.autograd.grad(found, list(model.parameters()), seeds, allow_unused=True)
+    sources = list(model.parameters())
+    return outputs, torch.autograd.grad(found, sources, seeds, allow_unused=True) if sources else ()
 
 
 def text(gm: fx.GraphModule) -> str:

@@ -16,12 +16,12 @@ A source is `[B]`, or `[B, L]` with either size 1 allowed (broadcast), or, when 
 An *output* is what consumers wanted: bags side by side, or their sum, or the sum of their squares.
 """
 
-import ast
 import functools
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from recompile.lowering.fingerprint import fingerprint
+from recompile.lowering.record import from_text, to_text
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Lookup:
     outputs: tuple[Output, ...]
 
     def __str__(self) -> str:
-        return f"{_text(self)}  # {fingerprint()}"
+        return f"{to_text(self, _TYPES)}  # {fingerprint()}"
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
@@ -90,31 +90,10 @@ class Lookup:
         Raises:
             ValueError: the text is not a spec.
         """
-        value = _value(ast.parse(text, mode="eval").body)
+        value = from_text(text, _TYPES)
         if not isinstance(value, Lookup):
             raise ValueError(f"expected a Lookup(...), got {text[:80]!r}")
         return value
 
 
 _TYPES: dict[str, Any] = {cls.__name__: cls for cls in (Table, Bag, Output, Lookup)}
-
-
-def _text(value: Any) -> str:
-    if type(value).__name__ in _TYPES:
-        shown = [
-            f"{f.name}={_text(getattr(value, f.name))}"
-            for f in fields(value)
-            if f.default is MISSING or getattr(value, f.name) != f.default
-        ]
-        return f"{type(value).__name__}({', '.join(shown)})"
-    if isinstance(value, tuple):
-        return "(" + "".join(f"{_text(v)}, " for v in value).rstrip() + ")"
-    return repr(value)
-
-
-def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _TYPES:
-        return _TYPES[node.func.id](**{k.arg: _value(k.value) for k in node.keywords if k.arg})
-    if isinstance(node, ast.Tuple):
-        return tuple(_value(e) for e in node.elts)
-    return ast.literal_eval(node)

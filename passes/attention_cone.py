@@ -1,0 +1,95 @@
+"""What the weights of an attention are computed from, up to the contractions: its cone."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from recompile.rewrite import is_pure
+
+from . import score_ops
+from .contractions import contraction
+
+aten = torch.ops.aten
+CASTS = (aten.to, aten._to_copy)
+CONSTANTS = {
+    aten.ones: 1, aten.ones_like: 1, aten.new_ones: 1, aten.zeros: 0, aten.zeros_like: 0, aten.new_zeros: 0,
+}  # fmt: skip
+FILLED = (aten.full, aten.full_like, aten.new_full, aten.scalar_tensor)
+
+
+def cone(weights: fx.Node) -> dict[fx.Node, None]:
+    """`weights` and what it is computed from elementwise, up to contractions; nearest first."""
+    found: dict[fx.Node, None] = {}
+    left = [weights]
+    while left and len(found) < 500:
+        node = left.pop(0)
+        held = isinstance(node.meta.get("val"), (torch.Tensor, tuple))
+        if node in found or node.op != "call_function" or not held:
+            continue
+        found[node] = None
+        if contraction(node) is None:
+            left += [n for n in node.all_input_nodes if _is_transparent(node)]
+        elif node.target is aten.baddbmm.default:
+            left.append(node.args[0])  # type: ignore[arg-type]
+    return found
+
+
+def products(nodes: dict[fx.Node, None]) -> list[fx.Node]:
+    """The contractions among the nodes that may be of queries and keys.
+
+    Without a softmax on the way, both sides must have a dim in common beside the summed one, such as samples:
+    a linear layer's have none.
+    """
+    softmax = any(n.target in (aten.softmax.int, aten._softmax.default, aten.exp.default) for n in nodes)
+    found = [(n, contraction(n)) for n in nodes]
+    return [n for n, c in found if c is not None and (softmax or c.common())]
+
+
+def _is_transparent(node: fx.Node) -> bool:
+    """Whether a region may go on above `node`."""
+    if node.target is operator.getitem:
+        return True
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _TRANSPARENT or packet in score_ops.KNOWN or packet in _REFUSED:
+        return True
+    return str(getattr(packet, "__name__", "")).endswith("_")  # in place: refused with a sentence
+
+
+_TRANSPARENT = {
+    aten.softmax, aten._softmax, aten.amax, aten.max, aten.sum, aten.tril, aten.triu, aten.index, aten.embedding,
+    aten.unsqueeze, aten.permute, aten.expand, aten.repeat, aten.repeat_interleave, aten.contiguous, aten.clone,
+    aten.alias, aten.detach, aten._unsafe_view, aten.reshape, aten.view, aten.squeeze, aten.masked_fill_,
+    aten.dropout, aten.feature_dropout, aten.logsumexp, *CASTS,
+}  # fmt: skip
+
+
+# What people do to scores that no expression of one pair can say, or not yet: refused with a sentence.
+_REFUSED = {
+    aten.cumsum, aten.cumprod, aten.nan_to_num, aten.gelu, aten.elu, aten.softplus, aten.erf, aten.log_softmax,
+    aten.roll, aten.flip, aten.bernoulli, aten.native_dropout,
+}  # fmt: skip
+
+
+def is_filled(node: fx.Node) -> bool:
+    """Whether `node` is one number everywhere."""
+    return getattr(node.target, "overloadpacket", None) in (*CONSTANTS, *FILLED)
+
+
+def path(nodes: dict[fx.Node, None], products: list[fx.Node]) -> set[fx.Node]:
+    """The nodes of the cone that depend on a product."""
+    path = set(products)
+    for node in sorted(nodes):
+        if not is_filled(node) and any(n in path for n in node.all_input_nodes):
+            path.add(node)
+    return path
+
+
+def is_constant_or_pure(node: fx.Node) -> bool:
+    """Whether `node` can be computed anew: also a `masked_fill_` of a fresh constant that nobody else has."""
+    if node.target is not aten.masked_fill_.Scalar:
+        return is_pure(node)
+    fresh = node.args[0]
+    return is_filled(fresh) and list(fresh.users) == [node]  # type: ignore[arg-type, union-attr]

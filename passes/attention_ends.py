@@ -1,0 +1,136 @@
+"""The second contraction of an attention, and how far its operands and its result are followed through views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from recompile.graph.order import erase
+from recompile.rewrite import Builder, Effects, Refuse, arguments, replace, same
+
+from .attention_cone import cone, products
+from .axes import COPIES, Axes, Axis, Split, before_view, regroup, shape
+from .contractions import Contraction
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Second:
+    """The second contraction: `weights` times `values`, with the axes of both and of the result."""
+
+    found: Contraction
+    weights: fx.Node
+    values: fx.Node
+    axes: tuple[Axes, Axes, Axes]
+    sizes: dict[str, Any]
+    batch: list[str]
+
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The contraction itself."""
+        return (self.found.node, *self.found.inner)
+
+    def split(self, atom: str, sizes: list[Any]) -> None:
+        """An atom is several axes: everywhere."""
+        if atom not in self.batch:
+            raise Refuse(
+                "queries, keys or features are taken apart between the contractions", self.found.node
+            )
+        parts = [f"{atom}_{k}" for k in range(len(sizes))]
+        self.sizes.update(zip(parts, sizes, strict=True))
+        at = self.batch.index(atom)
+        self.batch[at : at + 1] = parts
+        new = [tuple(_parted(axis, atom, parts) for axis in axes) for axes in self.axes]
+        self.axes = (new[0], new[1], new[2])
+
+
+def _parted(axis: Axis, atom: str, parts: list[str]) -> Axis:
+    return tuple(x for a in axis for x in (parts if a == atom else [a]))
+
+
+def seconds(found: Contraction) -> Iterator[Second]:
+    """The two ways in which a contraction may be weights times values."""
+    sides = ((found.left, found.letters[0]), (found.right, found.letters[1]))
+    for (weights, mine), (values, other) in (sides, sides[::-1]):
+        out = found.letters[2]
+        queries = [x for x in out if x and x in mine and x not in other]
+        features = [x for x in out if x and x in other and x not in mine]
+        if found.added is not None or len(features) > 1:
+            continue
+        names = {found.summed: "j"} | dict.fromkeys(features, "e")
+        names |= dict.fromkeys(queries[-1:], "i")  # heads that share their values come before
+        batch = [x for x in out if x and x not in names]
+        names |= {x: f"b{k}" for k, x in enumerate(batch)}
+        sizes: dict[str, Any] = {}
+        for node, letters in ((values, other), (weights, mine), (found.node, out)):
+            sizes |= {names[x]: size for x, size in zip(letters, shape(node), strict=True) if x in names}
+        axes = [tuple((names[x],) if x in names else () for x in letters) for letters in (mine, other, out)]
+        yield Second(found, weights, values, (axes[0], axes[1], axes[2]), sizes, [names[x] for x in batch])
+
+
+def split_sum(second: Second, effects: Effects, rule: str) -> list[fx.Node] | None:
+    """`(a - b) @ v` becomes `a @ v - b @ v`, where a and b are scores of their own; the two products."""
+    weights, root = second.weights, second.found.node
+    if weights.target not in (aten.add.Tensor, aten.sub.Tensor) or len(weights.users) > 1:
+        return None
+    sides = weights.args[:2]
+    if not all(isinstance(x, fx.Node) and same(shape(x), shape(weights)) for x in sides):
+        return None
+    first, other = (set(products(cone(x))) for x in sides)  # type: ignore[arg-type]
+    if not first or not other or first & other or second.found.inner:
+        return None
+    build = Builder(effects, root, rule)
+
+    def multiplied(x: fx.Node) -> fx.Node:
+        args = fx.node.map_arg(root.args, lambda n: x if n is weights else n)
+        return build.call(root.target, *args, **root.kwargs)
+
+    parts = [multiplied(x) for x in sides]  # type: ignore[arg-type]
+    replace((root,), build.call(weights.target, *parts, **weights.kwargs), build)
+    erase(root)
+    return parts
+
+
+def furthest(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes]:
+    """The tensor furthest up that `node` is a view or a copy of, each of its dims an axis of its own."""
+    best = node, axes
+    view: tuple[fx.Node, Axes] | None = best
+    while view is not None:
+        node, axes = view
+        if all(len(axis) < 2 for axis in axes):
+            best = view
+        try:
+            view = before_view(node, axes)
+        except Split as split:
+            if split.atom[0] == "b":
+                raise
+            view = None
+    return best
+
+
+def delivered(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes]:
+    """The tensor furthest down, contiguous, that is all that is made of `node`: by views and copies."""
+    best = node, axes
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        packet = getattr(user.target, "overloadpacket", None)
+        if packet is aten.permute:
+            axes = tuple(axes[k] for k in arguments(user)["dims"])
+        elif packet in (aten.reshape, aten.view, aten.unsqueeze, aten.squeeze):
+            try:
+                found = regroup(shape(node), axes, shape(user))
+            except Split:
+                break
+            if found is None:
+                break
+            axes = found
+        elif packet not in COPIES or not same(shape(node), shape(user)):
+            break
+        node = user
+        if node.meta["val"].is_contiguous():
+            best = node, axes
+    return best

@@ -1,0 +1,275 @@
+"""Attention, however it is written, becomes one region op that never holds the scores of all pairs.
+
+    s = matmul(q, k.transpose(-2, -1)) / sqrt(d)
+    p = softmax(masked_fill(s, ~tril, -1e9), -1)
+    y = matmul(p, v)
+->
+    y, _ = recompile.attention(q, k, v, [], "Attention(score='where(j <= i, s/8, -1e9)', softmax=True, ...)")
+
+The region grows from the second contraction backwards to the first (`attention_region.py`): everything between is one
+expression of the score, positions, tables and loads. What only masks pairs is told apart (`score_masks.py`), so that
+kernels skip them. q, k, v and the loads are taken from as far up as views and copies of them reach, with one dim
+for each of samples, heads, queries and keys.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from recompile.graph.order import erase
+from recompile.lowering import scalar
+from recompile.lowering.attention import Attention
+from recompile.lowering.attention.op import op_for
+from recompile.lowering.score import S, is_table, table, tables_in
+from recompile.rewrite import (
+    Builder,
+    Context,
+    Effects,
+    Pass,
+    Refuse,
+    register,
+    replace,
+    same,
+)
+from recompile.torch_private.symbols import SYM
+
+from .attention_cone import cone, products
+from .attention_ends import Second, delivered, furthest, seconds, split_sum
+from .attention_region import Region
+from .attention_softmax import P, factor, logarithm, row_sum, unshifted
+from .axes import Axes, Split, arrange, shape
+from .contractions import contraction
+from .score_masks import divided, masks
+
+aten = torch.ops.aten
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@register
+@dataclass(frozen=True)
+class RewriteAttention(Pass):
+    """Replaces attention by the region op (see the module)."""
+
+    after = ("canonicalize", "common-subexpressions", "dead-code")
+
+    def run(self, graph: fx.Graph, ctx: Context) -> None:
+        ctx.rule(self.name())
+        for node in graph.nodes:
+            if node.target is aten.scaled_dot_product_attention.default:
+                ctx.refuse(self.name(), "it is the library's attention already", node)
+        effects = Effects(graph)
+        candidates = list(_candidates(graph.nodes))
+        for second in [*candidates]:
+            if (parts := split_sum(second, effects, self.name())) is not None:
+                candidates.remove(second)
+                candidates += _candidates(parts)
+        regions = {node for second in candidates for node in (*cone(second.weights), *second.nodes())}
+        for second in candidates:
+            ctx.tried(self.name())
+            try:
+                _rewrite(second, Effects(graph), self.name(), regions)
+                ctx.fired(self.name())
+            except Refuse as refusal:
+                ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
+
+
+def _candidates(nodes: Iterable[fx.Node]) -> Iterator[Second]:
+    for node in nodes:
+        found = contraction(node) if node.users else None
+        ways = seconds(found) if found is not None else ()
+        chosen = next((way for way in ways if products(cone(way.weights))), None)
+        if chosen is not None:
+            yield chosen
+
+
+def _rewrite(second: Second, effects: Effects, rule: str, regions: set[fx.Node]) -> None:
+    """Replaces the attention that ends in `second`.
+
+    Raises:
+        Refuse: it is none, or must be left alone.
+    """
+    while True:
+        try:
+            return _Attempt(second, effects, rule, regions).replace()
+        except Split as split:
+            second.split(split.atom, split.sizes)
+
+
+class _Attempt:
+    """One reading of an attention, with the batch axes known so far."""
+
+    def __init__(self, second: Second, effects: Effects, rule: str, regions: set[fx.Node]) -> None:
+        self.second, self.effects, self.rule = second, effects, rule
+        self.region = Region(second.weights, second.sizes, regions)
+        if len(self.region.products) > 1:
+            raise Refuse("the weights are made of two products", self.region.products[0])
+        self.root = second.found.node
+        weight = self.region.element(second.weights, second.axes[0])
+        self.root, weight = self._normalized_later(weight)
+        self.softmax = self.region.softmax is not None
+        self.score = unshifted(self.region.softmax, self.root) if self.softmax else weight
+        self.weight = factor(weight, self.root) if self.softmax else sympy.Integer(1)
+        self.divisors: list[tuple[fx.Node, Axes]] = []
+        if not self.softmax:
+            self._divide_later()
+        self.q, self.k, self.v = self._operands()
+        self._check()
+
+    def _normalized_later(self, weight: sympy.Basic) -> tuple[fx.Node, sympy.Basic]:
+        """`(e @ v) / e.sum(-1, keepdim=True)`: the softmax' division stands after the second contraction."""
+        users = list(self.root.users)
+        if self.region.softmax is not None or len(users) != 1 or users[0].target is not aten.div.Tensor:
+            return self.root, weight
+        node = users[0]
+        total = row_sum(node.args[1], self.second.weights)
+        if total is None or node.args[0] is not self.root:
+            return self.root, weight
+        self.region.covered.update(dict.fromkeys([*total, self.root]))
+        self.region.softmax = logarithm(weight, node)
+        return node, P
+
+    def _divide_later(self) -> None:
+        """Takes divisors that are the same for all keys of a row out of the score: the output is divided."""
+        rest, below = divided(self.score)
+        places = [self.region.loads[load.name] for load in below]
+        if below and not any(("j",) in axes for _, axes in places):
+            self.score, self.divisors = rest, places
+
+    def _operands(self) -> tuple[tuple[fx.Node, Axes], ...]:
+        """q, k and v, as far up as they are views or copies."""
+        product, axes = self.region.product, self.region.product_axes
+        assert product is not None
+        of = dict(zip(product.letters[2], axes, strict=True)) | {product.summed: ("d",)}
+        nodes = zip((product.left, product.right), product.letters, strict=False)
+        sides = [(node, tuple(of.get(x, ()) for x in letters)) for node, letters in nodes]
+        keys = [("j",) in side[1] for side in sides]
+        queries = [("i",) in side[1] for side in sides]
+        if keys.count(True) != 1 or any(a and b for a, b in zip(keys, queries, strict=True)):
+            raise Refuse("the scores are no product of a query and a key", product.node)
+        q, k = sides[::-1] if keys[0] else sides
+        self.second.sizes["d"] = shape(k[0])[k[1].index(("d",))]
+        return tuple(furthest(n, a) for n, a in (q, k, (self.second.values, self.second.axes[1])))
+
+    def _check(self) -> None:
+        """Raises Refuse where the region must be left as it is."""
+        region, values = self.region, (self.q[0], self.k[0], self.v[0])
+        for node in (*(n for n in region.covered if n in region.path), self.root):
+            if self.effects.is_written(node):
+                raise Refuse("the scores are written in place", node)
+        last = {*self.second.nodes(), self.root}
+        for node, user in region.outside(last):
+            who = "returned to the caller" if user.op == "output" else f"read by {user.name}"
+            raise Refuse(f"scores are also {who}", node)
+        assert region.product is not None
+        dtypes = {self.root.meta["val"].dtype, region.product.node.meta["val"].dtype}
+        if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+            raise Refuse(f"the contractions are of {', '.join(sorted(map(str, dtypes)))}", self.root)
+        if not self.softmax and not any(axis and axis[0][0] == "b" for axis in self.k[1]):
+            raise Refuse("the keys are the same for all samples: it is a layer, no attention", self.root)
+        if not self.softmax and sympy.diff(self.score, S).is_number:
+            raise Refuse("the scores are used as they are: it is a chain of products", self.root)
+        if not _is_many(self.second.sizes["j"]):
+            raise Refuse("there is one key at most", self.root)
+        for node in (*region.covered, *values, *(n for n, _ in region.loads.values())):
+            wall = self.effects.between(node, self.root) if node in self.effects.order else None
+            if wall is not None:
+                raise Refuse(f"{wall.name} stands between {node.name} and {self.root.name}", node)
+
+    def replace(self) -> None:
+        """Puts the op in."""
+        target, axes = delivered(self.root, self.second.axes[2])
+        op = op_for(self.root.meta["val"].device.type)
+        if op is None:
+            raise Refuse(f"there is no kernel for {self.root.meta['val'].device.type}", self.root)
+        build = Builder(self.effects, target, self.rule, target)
+        batch = self.second.batch
+        spec, loads = self._spec([*batch, "i", "e"], axes)
+        dtype = self.root.meta["val"].dtype
+        wanted = ([*batch, "i", "d"], [*batch, "j", "d"], [*batch, "j", "e"])
+        try:
+            given = [
+                self._laid_out(*operand, atoms, dtype, build)
+                for operand, atoms in zip((self.q, self.k, self.v), wanted, strict=True)
+            ]
+            extras = [self._extra(name, *place, build) for name, place in loads.items()]
+            out = build.call(operator.getitem, build.call(op, *given, extras, str(spec)), 0)
+            out = self._divided(out, build)
+            if spec.order:
+                out = build.call(aten.permute.default, out, list(spec.order))
+            if not same(shape(out), shape(target)):
+                out = build.call(aten.reshape.default, out, self._shape(axes))
+            replace((target,), out, build)
+        finally:
+            build.discard()
+        erase(target)
+        for node in sorted(self.region.covered, reverse=True):
+            erase(node)
+
+    def _shape(self, axes: Axes) -> list[Any]:
+        """The sizes of these axes, -1 for one that is merged of several unknown ones."""
+        sizes = [[self.second.sizes[atom] for atom in axis] for axis in axes]
+        known = [math.prod(s) if len(s) < 2 or all(type(x) is int for x in s) else None for s in sizes]
+        if known.count(None) > 1:
+            raise Refuse("several dims of unknown size are merged in the result", self.root)
+        return [-1 if size is None else size for size in known]
+
+    def _divided(self, out: fx.Node, build: Builder) -> fx.Node:
+        atoms, dtype = [*self.second.batch, "i", "1"], out.meta["val"].dtype
+        for node, axes in self.divisors:
+            by = arrange(node, axes, atoms, self.second.sizes, build)
+            out = build.call(aten.div.Tensor, out, by)
+        return out if out.meta["val"].dtype is dtype else build.call(aten.to.dtype, out, dtype)
+
+    def _laid_out(self, node: fx.Node, axes: Axes, atoms: list[str], dtype: Any, build: Builder) -> fx.Node:
+        if node.meta["val"].dtype is not dtype:
+            node = build.call(aten.to.dtype, node, dtype)
+        return arrange(node, axes, atoms, self.second.sizes, build)
+
+    def _extra(self, name: str, node: fx.Node, axes: Axes, build: Builder) -> fx.Node:
+        atoms = [*self.second.batch, *("t" if name[0] == "T" else "ij")]
+        sizes = self.second.sizes
+        if name[0] == "T":
+            sizes = {**sizes, "t": shape(node)[0]}
+        return arrange(node, axes, atoms, sizes, build)
+
+    def _spec(self, atoms: list[str], axes: Axes) -> tuple[Attention, dict[str, tuple[fx.Node, Axes]]]:
+        masked = masks(self.score, self.softmax)
+        exprs = [self.score, masked.kept, masked.keep, self.weight]
+        used = {s.name for e in exprs for s in e.free_symbols} | {
+            type(t).__name__ for e in exprs for t in tables_in(e)
+        }
+        loads = {name: place for name, place in self.region.loads.items() if name in used}
+        names = {old: f"{old[0]}{k}" for k, old in enumerate(loads)}
+        score, kept, keep, weight = (_renamed(e, names) for e in exprs)
+        flat = [atom for axis in axes for atom in axis]
+        flat += [atom for atom in atoms if atom not in flat]  # of size 1
+        order = tuple(atoms.index(atom) for atom in flat)
+        spec = Attention(
+            score=scalar.text(score),
+            softmax=self.softmax,
+            extras=tuple(names.values()),
+            keep=scalar.text(keep),
+            kept="" if kept == score else scalar.text(kept),
+            negligible=masked.negligible,
+            weight="" if weight == 1 else scalar.text(weight),
+            order=() if order == tuple(range(len(atoms))) else order,
+        )
+        return spec, {names[old]: place for old, place in loads.items()}
+
+
+def _renamed(expr: sympy.Basic, names: dict[str, str]) -> sympy.Basic:
+    symbols = {scalar.symbol(old): scalar.symbol(new) for old, new in names.items()}
+    expr = expr.xreplace(symbols)
+    return expr.replace(is_table, lambda t: table(names[type(t).__name__])(*t.args))
+
+
+def _is_many(size: Any) -> bool:
+    return isinstance(size, SYM) or size > 1

@@ -1,0 +1,266 @@
+"""Elementwise operators as expressions of the score language, one operand a symbol.
+
+Truths take part in arithmetic as PyTorch's booleans do: `x * mask` is `where(mask, x, 0)`, `1 - mask` is
+`where(mask, 0, 1)`. Two gradients are eager's by construction: `relu` and `clamp` are `where`s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+from recompile.lowering import scalar
+from recompile.lowering.score import atleast, atmost, div, floordiv, kind, sigmoid, trunc, where
+from recompile.rewrite import arguments
+
+aten = torch.ops.aten
+Expr: TypeAlias = sympy.Basic
+
+
+def apply(node: fx.Node, operand: Callable[[Any], Expr]) -> Expr | None:
+    """What an elementwise `node` is, `operand` giving the expression of each of its tensors; None if unknown."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is None or packet not in _OPS:
+        return None
+    given = arguments(node)
+    if any(given.get(name) not in (None, value) for name, value in _IGNORED.items()):
+        return None
+    return _OPS[packet](given, lambda x: operand(x) if isinstance(x, fx.Node) else number(x))
+
+
+_IGNORED = {"approximate": "none", "memory_format": torch.preserve_format}
+
+
+def number(value: Any) -> Expr:
+    """A Python number as an expression.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    if isinstance(value, int):
+        return sympy.Integer(value)
+    if not isinstance(value, float):
+        raise TypeError(f"{value!r} is no number")
+    if value in (float("inf"), float("-inf")):
+        return sympy.oo if value > 0 else -sympy.oo
+    return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 2**24 else sympy.Float(value)
+
+
+def real(expr: Expr) -> Expr:
+    """A truth as 1 or 0, anything else as it is."""
+    return where(expr, sympy.Integer(1), sympy.Integer(0)) if scalar.is_truth(expr) else expr
+
+
+def truth(expr: Expr) -> Expr:
+    """Whether a number is not 0."""
+    if scalar.is_truth(expr):
+        return expr
+    if isinstance(expr, where) and all(part.is_number for part in expr.args[1:]):
+        c, a, b = expr.args
+        return sympy.Or(sympy.And(c, a != 0), sympy.And(sympy.Not(c), b != 0))
+    return sympy.Ne(expr, 0)
+
+
+def _lifted(function: Callable[..., Expr]) -> Callable[..., Expr]:
+    """`f(where(c, 1, 0), 2)` is `where(c, f(1, 2), f(0, 2))`: masks made by arithmetic stay masks."""
+
+    def lifted(*args: Expr) -> Expr:
+        chosen = {a.args[0] for a in args if isinstance(a, where)}
+        constant = all(part.is_number for a in args for part in (a.args[1:] if isinstance(a, where) else [a]))
+        if len(chosen) != 1 or not constant:
+            return function(*args)
+        sides = ([a.args[k] if isinstance(a, where) else a for a in args] for k in (1, 2))
+        return where(chosen.pop(), *(function(*side) for side in sides))
+
+    return lifted
+
+
+@_lifted
+def plus(a: Expr, b: Expr) -> Expr:
+    """a + b."""
+    return a + b
+
+
+@_lifted
+def minus(a: Expr, b: Expr) -> Expr:
+    """a - b."""
+    return a - b
+
+
+@_lifted
+def over(a: Expr, b: Expr) -> Expr:
+    """a / b, which may be rounded twice where b is a number and a the score: a * (1 / b)."""
+    exact = b.is_number and not {s.name for s in a.free_symbols} & {"s", "p"}
+    return div(a, b) if exact and b != 0 else a / b
+
+
+def product(a: Expr, b: Expr) -> Expr:
+    """a * b, also of truths."""
+    if scalar.is_truth(a) and scalar.is_truth(b):
+        return sympy.And(a, b)
+    for mask, other in ((a, b), (b, a)):
+        if scalar.is_truth(mask):
+            return where(mask, other, sympy.Integer(0))
+        if isinstance(mask, where) and mask.args[1:] == (1, 0) and not other.is_number:
+            return where(mask.args[0], other, sympy.Integer(0))
+        if isinstance(mask, where) and mask.args[1:] == (0, 1) and not other.is_number:
+            return where(sympy.Not(mask.args[0]), other, sympy.Integer(0))
+    return _lifted(lambda x, y: x * y)(a, b)
+
+
+def _add(sign: int) -> Callable[..., Expr]:
+    def add(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
+        scaled = product(number(given["alpha"]), real(of(given["other"])))
+        return (plus if sign > 0 else minus)(real(of(given["self"])), scaled)
+
+    return add
+
+
+def _rsub(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
+    return minus(real(of(given["other"])), product(number(given["alpha"]), real(of(given["self"]))))
+
+
+def _divide(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
+    a, b, mode = real(of(given["self"])), real(of(given["other"])), given.get("rounding_mode")
+    if mode is None:
+        return over(a, b)
+    whole = kind(a) == kind(b) == "integer" and b.is_Integer and b > 0
+    return floordiv(a, b) if mode == "floor" and whole else None
+
+
+def _unary(function: Callable[[Expr], Expr]) -> Callable[..., Expr]:
+    return lambda given, of: _lifted(function)(real(of(given["self"])))
+
+
+def _binary(function: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
+    return lambda given, of: function(of(given["self"]), of(given["other"]))
+
+
+def _compare(relation: Any) -> Callable[..., Expr]:
+    def compare(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
+        a, b = of(given["self"]), of(given["other"])
+        if scalar.is_truth(a) and b in (0, 1) and relation in (sympy.Eq, sympy.Ne):
+            return a if (b == 1) == (relation is sympy.Eq) else sympy.Not(a)
+        if isinstance(a, where) and b == 0 and relation in (sympy.Eq, sympy.Ne):
+            return truth(a) if relation is sympy.Ne else sympy.Not(truth(a))
+        return relation(real(a), real(b))
+
+    return compare
+
+
+def _clamp(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
+    x = real(of(given["self"]))
+    low, high = given.get("min"), given.get("max")
+    for bound, below in ((low, True), (high, False)):
+        if bound is not None:
+            b = real(of(bound))
+            chosen = sympy.Max(x, b) if below else sympy.Min(x, b)
+            x = chosen if kind(chosen) == "integer" else (atleast if below else atmost)(x, b)
+    return x
+
+
+def _relu(x: Expr) -> Expr:
+    return where(x <= 0, sympy.Integer(0), x)
+
+
+def _power(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
+    base, exponent = real(of(given["self"])), of(given["exponent"])
+    if not exponent.is_number and base.is_number and base > 0:
+        return sympy.exp(exponent * sympy.Float(math.log(float(base))))
+    return base**exponent if exponent.is_number and (exponent.is_Integer or exponent == 0.5) else None
+
+
+def _where(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
+    return where(truth(of(given["condition"])), real(of(given["self"])), real(of(given["other"])))
+
+
+def _masked_fill(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
+    x = of(given["self"])
+    value = of(given["value"])
+    mask = truth(of(given["mask"]))
+    if scalar.is_truth(x):
+        return sympy.Or(sympy.And(mask, truth(value)), sympy.And(sympy.Not(mask), x))
+    return where(sympy.Not(mask), x, value)
+
+
+def _leaky(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
+    x = real(of(given["self"]))
+    return where(x > 0, x, x * number(given["negative_slope"]))
+
+
+def _invert(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
+    x = of(given["self"])
+    return sympy.Not(x) if scalar.is_truth(x) else None  # ~1 is -2
+
+
+def _bits(joined: Any) -> Callable[..., Expr | None]:
+    def join(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
+        a, b = of(given["self"]), of(given["other"])
+        return joined(a, b) if scalar.is_truth(a) and scalar.is_truth(b) else None
+
+    return join
+
+
+def cast(expr: Expr, dtype: torch.dtype) -> Expr:
+    """`expr` as a number of another dtype."""
+    if dtype is torch.bool:
+        return truth(expr)
+    expr = real(expr)
+    if dtype.is_floating_point or kind(expr) == "integer":
+        return expr
+    return trunc(expr)
+
+
+_OPS: dict[Any, Callable[..., Expr | None]] = {
+    aten.add: _add(1),
+    aten.sub: _add(-1),
+    aten.rsub: _rsub,
+    aten.mul: _binary(product),
+    aten.div: _divide,
+    aten.floor_divide: lambda given, of: _divide({**given, "rounding_mode": "floor"}, of),
+    aten.neg: _unary(lambda x: -x),
+    aten.abs: _unary(sympy.Abs),
+    aten.exp: _unary(sympy.exp),
+    aten.log: _unary(sympy.log),
+    aten.log1p: _unary(lambda x: sympy.log(1 + x)),
+    aten.sqrt: _unary(sympy.sqrt),
+    aten.rsqrt: _unary(lambda x: 1 / sympy.sqrt(x)),
+    aten.square: _unary(lambda x: x**2),
+    aten.reciprocal: _unary(lambda x: 1 / x),
+    aten.pow: _power,
+    aten.tanh: _unary(sympy.tanh),
+    aten.sigmoid: _unary(sigmoid),
+    aten.silu: _unary(lambda x: x * sigmoid(x)),
+    aten.relu: _unary(_relu),
+    aten.leaky_relu: _leaky,
+    aten.clamp: _clamp,
+    aten.clamp_min: _clamp,
+    aten.clamp_max: _clamp,
+    aten.maximum: _binary(lambda a, b: where(a >= b, a, b)),
+    aten.minimum: _binary(lambda a, b: where(a <= b, a, b)),
+    aten.where: _where,
+    aten.masked_fill: _masked_fill,
+    aten.masked_fill_: _masked_fill,  # of a fresh constant only
+    aten.eq: _compare(sympy.Eq),
+    aten.ne: _compare(sympy.Ne),
+    aten.lt: _compare(sympy.Lt),
+    aten.le: _compare(sympy.Le),
+    aten.gt: _compare(sympy.Gt),
+    aten.ge: _compare(sympy.Ge),
+    aten.bitwise_not: _invert,
+    aten.logical_not: lambda given, of: sympy.Not(truth(of(given["self"]))),
+    aten.logical_and: lambda given, of: sympy.And(truth(of(given["self"])), truth(of(given["other"]))),
+    aten.logical_or: lambda given, of: sympy.Or(truth(of(given["self"])), truth(of(given["other"]))),
+    aten.bitwise_and: _bits(sympy.And),
+    aten.__and__: _bits(sympy.And),
+    aten.bitwise_or: _bits(sympy.Or),
+    aten.__or__: _bits(sympy.Or),
+}
+KNOWN = frozenset(_OPS)

@@ -1,0 +1,243 @@
+"""What is recognized as attention, and what is not. Kernels are tested in test_attention_kernel.py."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from recompile.passes.rewrite_attention import RewriteAttention
+from recompile.rewrite.schema import op_name
+from recompile.testing import assert_refuses, assert_rewrites, assert_rewritten_same
+from tests.spellings import QKV, SPELLINGS, Spelling
+
+B, H, N, D = QKV[0]
+VIEWS = ("reshape", "view", "permute", "unsqueeze", "expand", "slice", "select")
+
+
+def attentions(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if "recompile.attention" in str(node.target)]
+
+
+def score_sized(graph: fx.Graph) -> list[str]:
+    """What is computed for all pairs of a query and a key: N is no other size of the spellings'."""
+    graph.eliminate_dead_code()
+    called = [
+        n for n in graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)
+    ]
+    own = [n for n in called if not n.name.startswith(VIEWS)]
+    return [n.name for n in own if [int(size) for size in n.meta["val"].shape].count(N) > 1]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
+def test_every_spelling_is_rewritten_and_equals_eager(spelling: Spelling, dynamic: bool):
+    """Values and gradients, in float64; nothing of the size of the scores is left."""
+    model, others = spelling.module()
+    graph, record = assert_rewritten_same(model, others, dynamic=dynamic)
+    assert len(attentions(graph)) == spelling.fires, record
+    if spelling.fires and not dynamic:
+        assert score_sized(graph) == []
+
+
+def softmax_attention(q, k, v):
+    return (q @ k.mT / math.sqrt(D)).softmax(-1) @ v
+
+
+def inputs():
+    torch.manual_seed(0)
+    return tuple(torch.randn(shape) for shape in QKV)
+
+
+def test_the_graph_afterwards():
+    graph = assert_rewrites(RewriteAttention, softmax_attention, inputs()).graph
+    (node,) = attentions(graph)
+    assert node.args[4].startswith("Attention(score='0.353553390593274*s', softmax=True)")
+    assert [n.name for n in graph.nodes if n.op == "call_function"] == ["attention", "getitem"]
+
+
+def test_heads_are_merged_without_a_copy():
+    """The op writes where `transpose(1, 2).reshape(...)` wants it."""
+
+    def merged(q, k, v):
+        return softmax_attention(q, k, v).transpose(1, 2).reshape(B, N, H * D)
+
+    graph = assert_rewrites(RewriteAttention, merged, inputs()).graph
+    names = [op_name(n.target) for n in graph.nodes if n.op == "call_function"]
+    assert names == ["attention", "getitem", "permute", "reshape"]
+    assert "order=(0, 2, 1, 3,)" in attentions(graph)[0].args[4]
+
+
+def test_keys_are_read_through_repeats_of_heads():
+    def grouped(q, k, v):
+        k, v = (x[:, :, None].expand(B, 2, 3, N, D).reshape(B, 6, N, D) for x in (k, v))
+        return softmax_attention(q, k, v)
+
+    q, k, v = torch.randn(B, 6, N, D), torch.randn(B, 2, N, D), torch.randn(B, 2, N, D)
+    (node,) = attentions(assert_rewrites(RewriteAttention, grouped, (q, k, v)).graph)
+    assert [list(x.meta["val"].shape) for x in node.args[:3]] == [[B, 2, 3, N, D], *[[B, 2, 1, N, D]] * 2]
+
+
+def without_keys(q, k, v, length):
+    mask = (torch.arange(N) < length[:, None])[:, None, None]
+    return (q @ k.mT).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+def averaged_without_keys(q, k, v, length):
+    mask = (torch.arange(N) < length[:, None])[:, None, None]
+    return torch.where(mask, q @ k.mT, -1e9).softmax(-1) @ v
+
+
+def divided_by_no_keys(q, k, v, length):
+    mask = (torch.arange(N) < length[:, None])[:, None, None]
+    return F.silu(q @ k.mT) * mask / length[:, None, None, None] @ v
+
+
+@pytest.mark.parametrize("function", [without_keys, averaged_without_keys])
+def test_rows_without_keys_are_eager_s(function):
+    """NaN for -inf, the mean for -1e9."""
+    given = Spelling("", function, lambda: (*inputs(), torch.tensor([N, 0])))
+    graph, _ = assert_rewritten_same(*given.module())
+    assert len(attentions(graph)) == 1
+
+
+def test_a_length_of_0_is_divided_by():
+    """0 / 0 is NaN, though the mask alone makes the row 0."""
+    graph = assert_rewrites(RewriteAttention, divided_by_no_keys, (*inputs(), torch.tensor([N, 0])))
+    length = torch.tensor([N, 0])
+    expected = divided_by_no_keys(*inputs(), length)
+    assert expected[1].isnan().all() and len(attentions(graph.graph)) == 1
+    q, k, v = inputs()
+    given = {"l_q_": q, "l_k_": k, "l_v_": v, "l_length_": length}
+    actual = graph(*(given[n.name] for n in graph.graph.find_nodes(op="placeholder")))[0]
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+class Library(nn.Module):
+    """`nn.MultiheadAttention` as SASRec, BST and others call it."""
+
+    def __init__(self, **how):
+        super().__init__()
+        self.attention, self.how = nn.MultiheadAttention(H * D, H, batch_first=True).double(), how
+
+    def forward(self, x, **masks):
+        return self.attention(x, x, x, **self.how, **masks)[0]
+
+
+def test_multihead_attention_whose_weights_nobody_reads():
+    x, mask = torch.randn(B, N, H * D, dtype=torch.float64), torch.ones(N, N, dtype=torch.bool).triu(1)
+    graph, _ = assert_rewritten_same(Library(need_weights=True, attn_mask=mask), (x,))
+    assert len(attentions(graph)) == 1
+    padding = torch.arange(N) >= torch.tensor([[N], [3]])
+    graph, _ = assert_rewritten_same(Library(need_weights=True, key_padding_mask=padding), (x,))
+    assert "keep='Eq(n0, 0)'" in attentions(graph)[0].args[4]
+
+
+def test_multihead_attention_without_weights_is_the_library_s():
+    x = torch.randn(B, N, H * D, dtype=torch.float64)
+    graph, record = assert_rewritten_same(Library(need_weights=False), (x,))
+    said = [r.why for entry in record.passes for rule in entry.rules for r in rule.refused]
+    assert not attentions(graph) and "it is the library's attention already" in said
+
+
+def scores_returned(q, k, v):
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ v, weights
+
+
+def softmax_over_queries(q, k, v):
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def values_made_of_scores(q, k, v):
+    scores = q @ k.mT
+    return scores.softmax(-1) @ (v * scores.mean())
+
+
+def filled_in_place(q, k, v):
+    scores = q @ k.mT
+    scores.masked_fill_(torch.ones(N, N, dtype=torch.bool).triu(1), -1e9)
+    return scores.softmax(-1) @ v
+
+
+def added_in_place(q, k, v):
+    scores = q @ k.mT
+    scores += 1.0
+    return scores.softmax(-1) @ v
+
+
+def with_dropout(q, k, v):
+    return F.dropout((q @ k.mT).softmax(-1), 0.5, training=True) @ v
+
+
+def accumulated(q, k, v):
+    return (q @ k.mT).cumsum(-1).softmax(-1) @ v
+
+
+def of_two_products(q, k, v):
+    return (q @ k.mT + k @ q.mT).softmax(-1) @ v
+
+
+def softmax_of_softmax(q, k, v):
+    return (q @ k.mT).softmax(-1).softmax(-1) @ v
+
+
+def powers_of_the_softmax(q, k, v):
+    return ((q @ k.mT).softmax(-1) ** 2) @ v
+
+
+def a_chain(q, k, v):
+    return (q @ k.mT) @ v
+
+
+REFUSED = [
+    (scores_returned, "scores are also returned to the caller", "softmax"),
+    (softmax_over_queries, "softmax runs over the query axis", "softmax"),
+    (values_made_of_scores, "scores are also read by mean", "matmul"),
+    (filled_in_place, "the scores are written in place", ""),
+    (added_in_place, "add_ between the scores and the values is not supported", "add_"),
+    (with_dropout, "dropout between the scores and the values in training: not supported", "dropout"),
+    (accumulated, "cumsum between the scores and the values is not supported", "cumsum"),
+    (of_two_products, "the weights are made of two products", "matmul"),
+    (softmax_of_softmax, "two softmaxes stand one after the other", "softmax_1"),
+    (powers_of_the_softmax, "the softmax' result is not just multiplied: p**2", ""),
+    (a_chain, "the scores are used as they are: it is a chain of products", ""),
+]
+
+
+@pytest.mark.parametrize(("model", "why", "at"), REFUSED, ids=[case[0].__name__ for case in REFUSED])
+def test_refuses(model, why: str, at: str):
+    assert_refuses(RewriteAttention, model, inputs(), why=why, at=at)
+
+
+def test_a_perceptron_is_no_attention():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).double()
+    graph, record = assert_rewritten_same(model, (torch.randn(3, 8, dtype=torch.float64),))
+    (rule,) = [r for entry in record.passes for r in entry.rules if r.name == "rewrite-attention"]
+    assert not attentions(graph) and rule.tried == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "fires"),
+    [("rechub.SASRec", 2), ("rechub.HSTU", 4), ("rechub.AutoInt", 3), ("rechub.ComirecSA", 1)],
+)
+def test_models_of_torch_rechub(name: str, fires: int):
+    pytest.importorskip("torch_rechub")
+    from recompile.zoo import build
+
+    model, given, _ = build(name, 0.01)
+    with torch.no_grad():
+        graph, _ = assert_rewritten_same(Forward(model.eval()), given(3))
+    assert len(attentions(graph)) == fires
+
+
+class Forward(nn.Module):
+    """A model without parameters of its own: only its outputs are compared."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.call = model.forward
+
+    def forward(self, *args):
+        return self.call(*args)
