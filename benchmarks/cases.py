@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recompile.zoo.data import generator, skewed
 
-from .models import TABLES, Bags, FirstStage, MaskedMeans, OneHot, Sums
-
-Built = tuple[nn.Module, tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """`build(batch)` gives model and inputs; recompile is to be `target` times as fast as Inductor."""
-
-    name: str
-    batch: int
-    target: float
-    build: Callable[[int], Built]
-    train: bool = False
+from .case import Built, Case
+from .models.lookups import TABLES, Bags, FirstStage, MaskedMeans, OneHot, Sums
 
 
 def _bag_ids(rows: int, batch: int, length: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -2,6 +2,7 @@
 
 python -m benchmarks.child compile BACKEND TABLES
 python -m benchmarks.child memory BACKEND CASE-INDEX
+python -m benchmarks.child attention BACKEND LENGTH
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 
 from recompile.measure import THREADS, own_peak_mib
 
+from .attention import hstu
 from .cases import CASES
-from .models import OneHot
+from .models.lookups import OneHot
 
 
 def compile_seconds(backend: str, tables: int) -> float:
@@ -40,7 +42,20 @@ def peak_mib(backend: str, index: int) -> float:
     return own_peak_mib()
 
 
+def attention_mib(backend: str, length: int) -> float:
+    """What a forward of HSTU's attention (batch 1, 4 heads of 64) adds to the peak, in MiB, when it is compiled."""
+    model, inputs = hstu(1, (length, 4, 64))
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        small, few = hstu(1, (64, 4, 64))
+        torch.compile(small, backend=backend)(*few)  # what compiling itself takes
+        before = own_peak_mib()
+        compiled(*inputs)
+    return own_peak_mib() - before
+
+
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    measure = {"compile": compile_seconds, "memory": peak_mib}[sys.argv[1]]
+    measures = {"compile": compile_seconds, "memory": peak_mib, "attention": attention_mib}
+    measure = measures[sys.argv[1]]
     print(measure(sys.argv[2], int(sys.argv[3])))

@@ -12,11 +12,13 @@ import torch
 
 from recompile.bench import OURS, Row, bench
 from recompile.explain import explain
-from recompile.measure import peak_memory_mib
+from recompile.measure import interleave, peak_memory_mib
 from recompile.zoo import build, names
 
-from .cases import CASES, Case
-from .models import OneHot
+from . import attention as attention_cases
+from .case import Case
+from .cases import CASES
+from .models.lookups import OneHot
 from .result import Result
 
 BASE = "inductor"
@@ -36,10 +38,7 @@ def memory(only: str) -> Iterator[Result]:
     for index, case in enumerate(CASES):
         name = f"peak memory, {_name(case)}"
         if only in name:
-            base, ours = (
-                peak_memory_mib("-m", "benchmarks.child", "memory", backend, str(index), env=_COLD)
-                for backend in (BASE, OURS)
-            )
+            base, ours = (_child("memory", backend, str(index)) for backend in (BASE, OURS))
             yield Result(name, ours / base, 1.02, False, base, ours, "MiB")
 
 
@@ -76,6 +75,52 @@ def models(only: str) -> Iterator[Result]:
     if small:
         yield Result(f"geometric mean of {len(small)}, batch 1 and 64", _mean(small), 1.1)
         yield Result(f"geometric mean of {len(large)}, larger batches", _mean(large), 1.03)
+
+
+def attention(only: str) -> Iterator[Result]:
+    """How many times faster than Inductor each attention is; then padding, memory, and whole sequence models."""
+    for case in attention_cases.CASES:
+        if only in _name(case):
+            yield _speed(next(_bench(case)), case.target)
+    yield from _padding(only)
+    yield from _attention_memory(only)
+    ratios: list[float] = []
+    for name in attention_cases.SEQUENCE_MODELS:
+        if only in f"models {name}":
+            built = build(name)
+            for row in bench(name, built.model, built.inputs, (64, 512), against=[BASE], seconds=1.0):
+                ratios.append(row.ratio[BASE])
+                yield _speed(row, 0.97)
+    if ratios:
+        yield Result(f"geometric mean of {len(ratios)}, sequence models", _mean(ratios), 1.3)
+
+
+def _padding(only: str) -> Iterator[Result]:
+    """Histories of a quarter of the longest on average, against full ones, both with recompile."""
+    name = "causal softmax 200x2x32, padded to 25%, against full, batch 64"
+    if only in name:
+        model, short = attention_cases.padded(64, (200, 2, 32), attention_cases.PADDED)
+        _, full = attention_cases.padded(64, (200, 2, 32), 1)
+        compiled = torch.compile(model, backend=OURS)
+        with torch.no_grad():
+            found = interleave({"full": lambda: compiled(*full), "short": lambda: compiled(*short)})
+        base, ours = (found.timings[key].median_ms for key in ("full", "short"))
+        spread = max(t.spread for t in found.timings.values())
+        yield Result(name, found.ratio("full", "short"), 1.8, True, base, ours, spread=spread)
+
+
+def _attention_memory(only: str) -> Iterator[Result]:
+    """What HSTU's forward adds to the peak memory, over what it adds with Inductor; then N = 8192 alone."""
+    for length, backends, target in ((2048, (BASE, OURS), 1 / 8), (8192, (OURS,), 2048)):
+        name = f"memory of HSTU {length}x4x64, batch 1"
+        if only in name:
+            *base, ours = (_child("attention", backend, str(length)) for backend in backends)
+            figure = ours / base[0] if base else ours
+            yield Result(name, figure, target, False, *(base or [math.nan]), ours, "MiB")
+
+
+def _child(*args: str) -> float:
+    return peak_memory_mib("-m", "benchmarks.child", *args, env=_COLD)
 
 
 def _bench(case: Case) -> Iterator[Row]:

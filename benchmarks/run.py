@@ -2,7 +2,8 @@
 
     python -m benchmarks.run --group ratio,memory --only "bags of 20"
 
-Groups: ratio (speed of single patterns), memory, compile (cold caches), capture, models (those of the zoo).
+Groups: ratio (speed of single patterns), memory, compile (cold caches), capture, attention, models
+(those of the zoo).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ GROUPS: dict[str, Callable[[str], Iterator[Result]]] = {
     "memory": groups.memory,
     "compile": groups.compile_time,
     "capture": groups.capture,
+    "attention": groups.attention,
     "models": groups.models,
 }
 

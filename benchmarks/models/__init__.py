@@ -1,0 +1,1 @@
+"""Plain PyTorch models to measure: nothing in them knows of recompile."""

@@ -1,0 +1,117 @@
+"""Attention as recommendation models write it, on its own; queries, keys and values are parameters."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Attention(nn.Module):
+    def __init__(self, batch: int, length: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (
+            nn.Parameter(torch.randn(batch, heads, length, width) * 0.5) for _ in range(3)
+        )
+
+
+class Hstu(nn.Module):
+    """HSTU's pointwise attention (research form): SiLU of scores with a position and a time bias, over N.
+
+    Zhai et al., "Actions Speak Louder than Words" (2024), section 3.2; the bias as in its published code: a table
+    of relative positions and a table of log-bucketized time differences, shared by all heads.
+    """
+
+    def __init__(self, batch: int, length: int, heads: int, width: int, buckets: int = 128) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (
+            nn.Parameter(torch.randn(batch, length, heads, width) * 0.5) for _ in range(3)
+        )
+        self.positions = nn.Parameter(torch.randn(2 * length - 1) * 0.1)
+        self.times = nn.Parameter(torch.randn(buckets + 1) * 0.1)
+        self.buckets = buckets
+
+    def forward(self, stamps: Tensor) -> Tensor:
+        """(batch, N, heads * width) from the times of the items and of the next one, (batch, N + 1), seconds."""
+        batch, length, heads, width = self.q.shape
+        place = torch.arange(length)
+        offsets = place[None, :] - place[:, None] + length - 1
+        apart = (stamps[:, 1:, None] - stamps[:, None, :-1]).abs().clamp(min=1)
+        bucket = (torch.log(apart.float()) / 0.301).long().clamp(min=0, max=self.buckets)
+        bias = self.positions[offsets] + self.times[bucket]
+        scores = torch.einsum("bnhd,bmhd->bhnm", self.q, self.k) + bias[:, None]
+        weights = F.silu(scores) / length * torch.tril(torch.ones(length, length))
+        out: Tensor = torch.einsum("bhnm,bmhd->bnhd", weights, self.v).reshape(batch, length, heads * width)
+        return out
+
+
+class Causal(_Attention):
+    """SASRec's: softmax, later items filled with -1e9; with `lengths`, padding too."""
+
+    def forward(self, lengths: Tensor | None = None) -> Tensor:
+        """(batch, N, heads * width)."""
+        batch, heads, length, width = self.q.shape
+        scores = self.q @ self.k.transpose(-2, -1) / math.sqrt(width)
+        mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        if lengths is not None:
+            mask = mask & (torch.arange(length) < lengths[:, None])[:, None, None]
+        weights = scores.masked_fill(~mask, -1e9).softmax(-1)
+        return (weights @ self.v).transpose(1, 2).reshape(batch, length, heads * width)
+
+
+class Window(_Attention):
+    """Causal softmax attention to the last `window` items."""
+
+    def __init__(self, batch: int, length: int, heads: int, width: int, window: int = 128) -> None:
+        super().__init__(batch, length, heads, width)
+        self.window = window
+
+    def forward(self) -> Tensor:
+        """(batch, heads, N, width)."""
+        length, width = self.q.shape[2:]
+        i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        mask = (j <= i) & (i - j < self.window)
+        scores = self.q @ self.k.transpose(-2, -1) / math.sqrt(width)
+        return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ self.v
+
+
+class Fields(nn.Module):
+    """AutoInt's interacting layer: attention of the fields of a sample to each other."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.r = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, fields, width) from the same."""
+        batch, fields, width = x.shape
+        q, k, v = (
+            layer(x).view(batch, fields, self.heads, width // self.heads).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        weights = torch.softmax(q @ k.transpose(-2, -1), -1)
+        out = (weights @ v).transpose(1, 2).reshape(batch, fields, width)
+        return F.relu(out + self.r(x))
+
+
+class Target(nn.Module):
+    """DIN's attention: a perceptron scores each item of the history against the candidate."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Sequential(
+            nn.Linear(4 * width, 80), nn.Sigmoid(), nn.Linear(80, 40), nn.Sigmoid(), nn.Linear(40, 1)
+        )
+
+    def forward(self, target: Tensor, history: Tensor, lengths: Tensor) -> Tensor:
+        """(batch, width) from (batch, width), (batch, N, width) and (batch,)."""
+        length = history.shape[1]
+        query = target[:, None].expand(-1, length, -1)
+        pairs = torch.cat([query, history, query - history, query * history], -1)
+        scores = self.score(pairs).squeeze(-1)
+        mask = torch.arange(length) < lengths[:, None]
+        weights = scores.masked_fill(~mask, -1e9).softmax(-1)
+        return (weights[:, None] @ history).squeeze(1)
