@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+import recompile
 from recompile.passes.rewrite_attention import RewriteAttention
 from recompile.rewrite.schema import op_name
 from recompile.testing import assert_refuses, assert_rewrites, assert_rewritten_same
@@ -139,6 +140,43 @@ def test_multihead_attention_without_weights_is_the_library_s():
     graph, record = assert_rewritten_same(Library(need_weights=False), (x,))
     said = [r.why for entry in record.passes for rule in entry.rules for r in rule.refused]
     assert not attentions(graph) and "it is the library's attention already" in said
+
+
+def test_an_encoder_layer_in_training_is_the_library_s():
+    layer = nn.TransformerEncoderLayer(H * D, H, 32, dropout=0.0, batch_first=True).double().train()
+    padding = torch.arange(N) >= torch.tensor([[N], [3]])
+    x = torch.randn(B, N, H * D, dtype=torch.float64)
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x, src_key_padding_mask=padding)
+
+    graph, record = assert_rewritten_same(Padded(), (x,))
+    said = [r.why for entry in record.passes for rule in entry.rules for r in rule.refused]
+    assert not attentions(graph) and "it is the library's attention already" in said
+
+
+def test_control_flow_on_scores_hands_them_to_python():
+    """Dynamo ends the graph at the condition, so the scores leave it."""
+
+    def branching(q, k, v):
+        scores = q @ k.mT
+        weights = scores.softmax(-1)
+        if scores.sum() > 0:
+            weights = weights * 2
+        return weights @ v
+
+    with torch.no_grad():
+        report = recompile.explain(branching, *inputs())
+    assert len(report.graphs) == 2
+    fired = [
+        r.fired for g in report.graphs for p in g.passes for r in p.rules if r.name == "rewrite-attention"
+    ]
+    assert sum(fired) == 0
 
 
 def scores_returned(q, k, v):
