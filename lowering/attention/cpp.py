@@ -31,7 +31,9 @@ from recompile.lowering.lookup.cpp_common import Operand
 from recompile.lowering.score_cpp import MATH, literal
 
 # Query rows and keys in a tile, at most. Two cores of an AMD EPYC with AVX2 and 512 KiB of second-level cache each.
-ROWS, KEYS = 96, 128
+ROWS, KEYS = 192, 128
+# Floats of Q and O that an item may hold for all its inner batch indices.
+CACHED = 1 << 17
 # With so few queries a packed copy of K costs more than it saves: each key is multiplied where it lies.
 FEW = 4
 # Below so many multiplications one thread is faster than starting two.
@@ -299,7 +301,7 @@ def _run(spec: Attention, plan: Plan, prepare: str, threads: int) -> str:
     const int64_t outer_size = {size_of(outer)}, inner_size = {size_of(inner)};
     if (outer_size * inner_size * M == 0) return;{prepare}
     // Inner indices are taken some at a time, so that their outputs stay in the second-level cache.
-    int64_t some = std::min<int64_t>(inner_size, std::max<int64_t>(1, 40000 / (BM * (D + E)))), tiles = (M + BM - 1) / BM;
+    int64_t some = evenly(inner_size, {CACHED} / (BM * (D + E))), tiles = (M + BM - 1) / BM;
     const int64_t wanted = 2 * {threads};
     while (some > 1 && outer_size * ((inner_size + some - 1) / some) * tiles < wanted) some = (some + 1) / 2;
     const int64_t groups = (inner_size + some - 1) / some;

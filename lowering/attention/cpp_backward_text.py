@@ -172,7 +172,7 @@ RUN = """
     Bad bad;
     const int64_t outer_size = {outer_size}, inner_size = {inner_size};{prepare}
     // Inner indices are taken some at a time, so that their packed tiles stay in the second-level cache.
-    int64_t some = std::min<int64_t>(inner_size, std::max<int64_t>(1, 60000 / (BN * (2 * D + E))));
+    int64_t some = evenly(inner_size, 60000 / (BN * (2 * D + E)));
     while (some > 1 && outer_size * ((inner_size + some - 1) / some) < {threads}) some = (some + 1) / 2;
     const int64_t groups = (inner_size + some - 1) / some;
     const bool by_key = outer_size * groups < 2 * {threads};

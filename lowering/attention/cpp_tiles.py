@@ -23,6 +23,11 @@ constexpr int64_t W = Vec::size(), PANEL = 2 * W;
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
+// The size of the fewest parts of n, about the same, that are at most so large.
+constexpr int64_t evenly(int64_t n, int64_t most) {
+  const int64_t parts = (n + std::max<int64_t>(most, 1) - 1) / std::max<int64_t>(most, 1);
+  return (n + parts - 1) / std::max<int64_t>(parts, 1);
+}
 
 // Memory of one thread, reused for all its tiles.
 template <typename T> struct Memory {
@@ -120,6 +125,7 @@ template <typename T> inline void panels(const T* from, int64_t row, int64_t col
   for (int64_t d0 = 0; d0 < d; d0 += PANEL, to += n * PANEL) {
     const int64_t width = std::min(PANEL, d - d0);
     for (int64_t i = 0; i < n; ++i) {
+      __builtin_prefetch(from + (i + 16) * row + d0 * column);  // a row of other heads lies between
       read(from + i * row + d0 * column, column, width, to + i * PANEL);
       if (width < PANEL) std::fill(to + i * PANEL + width, to + (i + 1) * PANEL, 0.0f);
     }
@@ -132,6 +138,7 @@ inline void transposed_panels(Rows x, int64_t n, int64_t d, float* to) {
     for (int64_t half = 0; half < PANEL; half += W)
       for (int64_t d0 = 0; d0 < d; d0 += W) {
         const float* const from = x[n0 + half] + d0;
+        for (int64_t i = 0; i < W; ++i) __builtin_prefetch(from + (i + W) * x.ld);
         float* const block = to + d0 * PANEL + half;
         const int64_t have = std::min(W, n - n0 - half), wide = std::min(W, d - d0);
         if (have == W && wide == W) {
