@@ -110,7 +110,7 @@ def _padding(only: str) -> Iterator[Result]:
 
 
 def _attention_memory(only: str) -> Iterator[Result]:
-    """What HSTU's forward adds to the peak memory, over what it adds with Inductor; then N = 8192 alone."""
+    """What a forward of HSTU needs beyond its inputs, over what it needs with Inductor; then N = 8192 alone."""
     for length, backends, target in ((2048, (BASE, OURS), 1 / 8), (8192, (OURS,), 2048)):
         name = f"memory of HSTU {length}x4x64, batch 1"
         if only in name:
@@ -133,9 +133,12 @@ def _name(case: Case) -> str:
 
 
 def _speed(row: Row, target: float) -> Result:
-    """A row against Inductor. A wrong answer is no result: it fails whatever its speed."""
-    error = row.error[OURS]
-    figure = row.ratio[BASE] if error is None or error < 1e-3 else 0.0
+    """A row against Inductor. A wrong answer is no result: it fails whatever its speed.
+
+    Where a gradient is 0 but for rounding, as that of a bias under a softmax, Inductor's error is the yardstick.
+    """
+    error, allowed = row.error[OURS], max(1e-3, 4 * (row.error[BASE] or 0.0))
+    figure = row.ratio[BASE] if error is None or error < allowed else 0.0
     name = row.model if "batch" in row.model else f"{row.model}, batch {row.batch}"
     return Result(name, figure, target, True, row.ms[BASE], row.ms[OURS], spread=max(row.spread.values()))
 

@@ -114,6 +114,15 @@ def own_peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def reset_peak() -> None:
+    """Starts `own_peak_mib` anew from what is held now; Linux only.
+
+    Raises:
+        OSError: the system has no such file, or does not let us write to it.
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def processor() -> str:
     """The processor's name, for a table of results."""
     info = Path("/proc/cpuinfo")
