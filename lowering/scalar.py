@@ -18,7 +18,7 @@ from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
 trunc = sympy.Function("trunc", real=True)
 
-_OPERATORS = {
+OPERATORS = {
     sympy.Eq: "==",
     sympy.Ne: "!=",
     sympy.StrictLessThan: "<",
@@ -171,7 +171,7 @@ def _print(expr: sympy.Basic, words: Mapping[str, str]) -> str:
         return str(int(expr)) if expr.is_Integer else repr(float(expr))
     args = [_print(arg, words) for arg in expr.args]
     if isinstance(expr, Relational):
-        return f"({args[0]} {_OPERATORS[expr.func]} {args[1]})"
+        return f"({args[0]} {OPERATORS[expr.func]} {args[1]})"
     if isinstance(expr, sympy.Add | sympy.Mul):
         return "(" + (" + " if isinstance(expr, sympy.Add) else " * ").join(args) + ")"
     if isinstance(expr, And | Or):

@@ -126,14 +126,6 @@ _FUNCTIONS = {
     sigmoid: "sigmoid",
     sympy.Heaviside: "step",
 }
-_RELATIONS = {
-    sympy.Eq: "==",
-    sympy.Ne: "!=",
-    sympy.StrictLessThan: "<",
-    sympy.LessThan: "<=",
-    sympy.StrictGreaterThan: ">",
-    sympy.GreaterThan: ">=",
-}  # fmt: skip
 
 
 def ctype(expr: sympy.Basic, types: Types) -> str:
@@ -185,7 +177,7 @@ def _shown(expr: sympy.Basic, own: str, types: Types) -> str:
     if isinstance(expr, Relational):
         kind = max((ctype(arg, types) for arg in expr.args), key=_RANK.index)
         left, right = (text(arg, types, kind) for arg in expr.args)
-        return f"({left} {_RELATIONS[expr.func]} {right})"
+        return f"({left} {scalar.OPERATORS[expr.func]} {right})"
     if isinstance(expr, (And, Or)):
         return "(" + (" & " if isinstance(expr, And) else " | ").join(text(a, types) for a in expr.args) + ")"
     if isinstance(expr, Not):

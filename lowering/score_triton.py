@@ -20,14 +20,6 @@ from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 from recompile.lowering import scalar
 from recompile.lowering.score import div, floordiv, is_table, kind, sigmoid, trunc, where
 
-_OPERATORS = {
-    sympy.Eq: "==",
-    sympy.Ne: "!=",
-    sympy.StrictLessThan: "<",
-    sympy.LessThan: "<=",
-    sympy.StrictGreaterThan: ">",
-    sympy.GreaterThan: ">=",
-}
 LOG2E = 1 / math.log(2)
 
 # The statements that read a table, and the text of the value: `(table, index, its text) -> (lines, text)`.
@@ -125,7 +117,7 @@ class Statements:
 
     def compare(self, expr: sympy.Basic) -> str:
         a, b = (self._text(arg) for arg in expr.args)
-        return f"({a} {_OPERATORS[expr.func]} {b})"
+        return f"({a} {scalar.OPERATORS[expr.func]} {b})"
 
     def joined(self, expr: sympy.Basic) -> str:
         sign = " & " if isinstance(expr, And) else " | "
@@ -192,7 +184,7 @@ _PRINTERS: list[tuple[Any, Callable[[Statements, sympy.Basic], str]]] = [
     (sympy.Add, Statements.sum),
     (sympy.Mul, Statements.product),
     (sympy.Pow, Statements.power),
-    (tuple(_OPERATORS), Statements.compare),
+    (tuple(scalar.OPERATORS), Statements.compare),
     ((And, Or), Statements.joined),
     (Not, Statements.inverted),
     ((sympy.Max, sympy.Min), Statements.extreme),
