@@ -177,9 +177,9 @@ def _owned(plan: Plan, name: str, by_key: str) -> str:
 
 
 def _fresh(plan: Plan, name: str, by_key: str) -> str:
-    """Whether an item adds to its part of a gradient for one batch index only: it clears the part itself."""
+    """Whether an item adds to its part of a gradient for one batch index only: it sets the part first."""
     alone = [f"({name}_{a} != 0 || B{a} == 1)" for a in range(plan.rank)]
-    return " && ".join(c for c in (by_key, *alone) if c) or "true"
+    return " && ".join(c for c in ("M > 0", by_key, *alone) if c)
 
 
 def _numel(x: Operand) -> str:

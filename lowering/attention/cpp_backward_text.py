@@ -58,16 +58,14 @@ WIDE = """
   }}
 """
 
-# K and V of a tile of keys, and zeros where only this item adds to their gradients.
+# K and V of a tile of keys.
 PACK = """
-  void pack(Tile& t, int64_t r0, int64_t r1, Scratch& w, bool fresh_k, bool fresh_v) const {{
+  void pack(Tile& t, int64_t r0, int64_t r1, Scratch& w) const {{
     const int64_t n = t.j1 - t.j0;
     keys(t);
     for (int64_t r = r0; r < r1; ++r) {{
       inner(t, r);
       const int64_t k_at = (r - r0) * w.k_size, v_at = (r - r0) * w.v_size;
-      if (fresh_k) std::fill(t.dk + t.j0 * D, t.dk + t.j1 * D, 0.0f);
-      if (fresh_v) std::fill(t.dv + t.j0 * E, t.dv + t.j1 * E, 0.0f);
       const Rows k = rows(t.k + t.j0 * k_n, k_n, k_d, n, D, w.k_rows + k_at), v = rows(t.v + t.j0 * v_n, v_n, v_e, n, E, w.v_rows + v_at);{packed}
     }}
   }}"""
@@ -97,8 +95,9 @@ MANY = {
 }
 
 VISIT = """
-  // A tile of pairs, for inner indices r0 to r1.
-  void visit(Tile& t, int64_t r0, int64_t r1, Scratch& w, Bad& bad) const {{
+  // A tile of pairs, for inner indices r0 to r1. The gradients of its keys are set where the tile is the first to add to
+  // them. False: the tile keeps no pair, and nothing is done.
+  bool visit(Tile& t, int64_t r0, int64_t r1, Scratch& w, bool set_k, bool set_v, Bad& bad) const {{
     const int64_t n = t.j1 - t.j0, height = t.i1 - t.i0, blocks = (height + R - 1) / R;
     Range ranges[BM / R];
     bool any = false, all = true;
@@ -108,7 +107,7 @@ VISIT = """
       any |= ranges[b].kind != SKIPPED;
       all &= ranges[b].from == 0 && ranges[b].to >= n;{shared}
     }}
-    if (!any) return;{zeroed}
+    if (!any) return false;{zeroed}
     for (int64_t r = r0; r < r1; ++r) {{
       inner(t, r);
       inner_keys(t);{keys}
@@ -140,11 +139,26 @@ VISIT = """
         while (b0 < b1 && apart(b0)) ++b0;
         while (b0 < b1 && apart(b1 - 1)) --b1;
         const int64_t i = b0 * R, rows = std::min(b1 * R, height) - i;
-        if (rows <= 0) continue;
-        product<true>(width, E, rows, t.p + i * BN + c, 1, BN, {{w.grad + i * PANEL, PANEL, height * PANEL}}, t.dv + (t.j0 + c) * dv_n, dv_n);
-        product<true>(width, D, rows, t.d + i * BN + c, 1, BN, {{w.q + i * PANEL, PANEL, height * PANEL}}, t.dk + (t.j0 + c) * dk_n, dk_n);
+        sum_rows(set_v, width, E, std::max<int64_t>(rows, 0), t.p + i * BN + c, {{w.grad + i * PANEL, PANEL, height * PANEL}}, t.dv + (t.j0 + c) * dv_n);
+        sum_rows(set_k, width, D, std::max<int64_t>(rows, 0), t.d + i * BN + c, {{w.q + i * PANEL, PANEL, height * PANEL}}, t.dk + (t.j0 + c) * dk_n);
       }}{collect}
     }}{collect_shared}
+    return true;
+  }}
+
+  // Adds tile^T right to some rows of a gradient, or sets them to it.
+  static void sum_rows(bool set, int64_t keys, int64_t width, int64_t rows, const float* tile, Right right, float* to) {{
+    if (set) product<false>(keys, width, rows, tile, 1, BN, right, to, width);
+    else if (rows > 0) product<true>(keys, width, rows, tile, 1, BN, right, to, width);
+  }}
+
+  // Clears what a skipped tile would have set.
+  void skip(Tile& t, int64_t r0, int64_t r1, bool set_k, bool set_v) const {{
+    for (int64_t r = r0; r < r1 && (set_k || set_v); ++r) {{
+      inner(t, r);
+      if (set_k) std::fill(t.dk + t.j0 * D, t.dk + t.j1 * D, 0.0f);
+      if (set_v) std::fill(t.dv + t.j0 * E, t.dv + t.j1 * E, 0.0f);
+    }}
   }}"""
 
 SHARED = """
@@ -194,10 +208,11 @@ RUN = """
         }}
         for (t.j0 = from; t.j0 < std::min(from + width, N); t.j0 = t.j1) {{
           t.j1 = std::min(t.j0 + BN, N);
-          pack(t, r0, r1, w, fresh_k, fresh_v);
+          pack(t, r0, r1, w);
           for (t.i0 = 0; t.i0 < M; t.i0 = t.i1) {{
             t.i1 = std::min(t.i0 + BM, M);
-            visit(t, r0, r1, w, bad);
+            const bool set_k = fresh_k && t.i0 == 0, set_v = fresh_v && t.i0 == 0;
+            if (!visit(t, r0, r1, w, set_k, set_v, bad)) skip(t, r0, r1, set_k, set_v);
           }}
         }}
       }}{finished}
