@@ -16,7 +16,7 @@ from torch import fx
 
 from recompile.lowering import scalar
 from recompile.lowering.score import atleast, atmost, div, floordiv, kind, sigmoid, trunc, where
-from recompile.rewrite import arguments
+from recompile.rewrite import Refuse, arguments
 
 aten = torch.ops.aten
 Expr: TypeAlias = sympy.Basic
@@ -40,14 +40,14 @@ def number(value: Any) -> Expr:
     """A Python number as an expression.
 
     Raises:
-        TypeError: it is something else.
+        Refuse: it is something else.
     """
     if isinstance(value, bool):
         return sympy.true if value else sympy.false
     if isinstance(value, int):
         return sympy.Integer(value)
     if not isinstance(value, float):
-        raise TypeError(f"{value!r} is no number")
+        raise Refuse(f"{value!r} among the scores is no real number")
     if value in (float("inf"), float("-inf")):
         return sympy.oo if value > 0 else -sympy.oo
     return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 2**24 else sympy.Float(value)
