@@ -15,6 +15,7 @@ and functions beyond sympy's own arithmetic, exp, log, tanh, Abs and sign:
     trunc(x)         the integer that a cast makes of x
     floordiv(a, b)   of integers, b > 0
     atleast(x, b), atmost(x, b)    clamped; written so in text only
+    uniform(n, i, j)   a random number in [0, 1), a hash of a seed and a pair: what dropout draws
 """
 
 import functools
@@ -103,8 +104,24 @@ class atmost(_Real):
         return sympy.Min(x, b) if x.is_number and b.is_number else None
 
 
+class uniform(_Real):
+    """`bits >> 8` over 2^24, with `bits = mix(mix(n + i * ROW) ^ mix(j * COLUMN))` in 32 bits and mix
+
+        x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
+
+    which changes half of the result's bits for each bit of its argument. Every kernel computes the same numbers.
+    """
+
+    nargs = 3
+    ROW, COLUMN, MIX = 0x9E3779B9, 0x85EBCA6B, ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
+
+    def _eval_derivative(self, x: sympy.Symbol) -> sympy.Expr:
+        return sympy.Integer(0)
+
+
 _CALLS: dict[str, Any] = {
     "where": where,
+    "uniform": uniform,
     "sigmoid": sigmoid,
     "div": div,
     "trunc": trunc,
@@ -118,7 +135,19 @@ _CALLS: dict[str, Any] = {
         "exp", "log", "tanh", "Abs", "sign", "sqrt", "oo", "nan", "E",
     )
 }  # fmt: skip
-_REAL = (sympy.exp, sympy.log, sympy.tanh, sympy.Abs, sympy.sign, sympy.Pow, where, sigmoid, div, floordiv)
+_REAL = (
+    sympy.exp,
+    sympy.log,
+    sympy.tanh,
+    sympy.Abs,
+    sympy.sign,
+    sympy.Pow,
+    where,
+    sigmoid,
+    div,
+    floordiv,
+    uniform,
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -237,6 +266,8 @@ def _applied(expr: sympy.Basic, *args: Any) -> Any:
         return torch.where(_tensor(args[0]), *args[1:])
     if isinstance(expr, div):
         return args[0] / args[1]
+    if isinstance(expr, uniform):
+        return _uniform(*map(_tensor, args))
     if isinstance(expr, sympy.Pow):
         return args[0] ** args[1] if args[1] > 0 else 1 / args[0] ** -args[1]
     if isinstance(expr, floordiv):
@@ -249,6 +280,18 @@ def _applied(expr: sympy.Basic, *args: Any) -> Any:
         return torch.logical_not(_tensor(args[0]))
     name = {"Abs": "abs"}.get(type(expr).__name__, type(expr).__name__)
     return getattr(torch, name)(_tensor(args[0]))
+
+
+def _uniform(seed: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    bits = _mixed(_mixed(seed + i * uniform.ROW) ^ _mixed(j * uniform.COLUMN))
+    return (bits >> 8).to(torch.float32) / 2**24
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    x = x.to(torch.int64) & 0xFFFFFFFF
+    for shift, factor in uniform.MIX:
+        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+    return x
 
 
 def _read(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

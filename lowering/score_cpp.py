@@ -14,7 +14,7 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
 from recompile.lowering import scalar
-from recompile.lowering.score import div, floordiv, sigmoid, trunc, where
+from recompile.lowering.score import div, floordiv, sigmoid, trunc, uniform, where
 
 # exp: 2^n (1 + r + ...), the polynomial of Cephes' expf, doubled so that 2^(n - 1) stays representable. Results below
 # the normal numbers are 0. log: Cephes' range, a polynomial fitted to 2e-10, and the large terms summed with their
@@ -97,6 +97,15 @@ INLINED float from_int(bool x) { return float(int32_t(x)); }
 INLINED int32_t trunc(float x) {
   x = x > -2147483648.0f ? x : -2147483648.0f;
   return int32_t(x < 2147483520.0f ? x : 2147483520.0f);
+}
+INLINED uint32_t mixed(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+INLINED float uniform(int64_t seed, int32_t i, int32_t j) {
+  const uint32_t row = mixed(uint32_t(seed) + uint32_t(i) * 0x9e3779b9u);
+  return float(int32_t(mixed(row ^ mixed(uint32_t(j) * 0x85ebca6bu)) >> 8)) * 0x1p-24f;
 }
 INLINED float sign(float x) { return select(x > 0, 1.0f, 0.0f) - select(x < 0, 1.0f, 0.0f); }
 INLINED float step(float x) { return select(x > 0, 1.0f, select(x < 0, 0.0f, 0.5f)); }
@@ -219,6 +228,8 @@ def _called(expr: sympy.Basic, own: str, types: Types) -> str:
         return f"real::trunc({text(expr.args[0], types, 'float')})"
     if isinstance(expr, div):
         return "(" + " / ".join(text(arg, types, "float") for arg in expr.args) + ")"
+    if isinstance(expr, uniform):
+        return f"real::uniform({', '.join(text(arg, types) for arg in expr.args)})"
     if isinstance(expr, (sympy.Max, sympy.Min)):
         name = "max" if isinstance(expr, sympy.Max) else "min"
         # NaN goes through the first argument

@@ -18,7 +18,7 @@ import sympy
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
 from recompile.lowering import scalar
-from recompile.lowering.score import div, floordiv, is_table, kind, sigmoid, trunc, where
+from recompile.lowering.score import div, floordiv, is_table, kind, sigmoid, trunc, uniform, where
 
 LOG2E = 1 / math.log(2)
 
@@ -171,6 +171,22 @@ class Statements:
     def magnitude(self, expr: sympy.Basic) -> str:
         return f"tl.abs({bare(self._text(expr.args[0]))})"
 
+    def random(self, expr: sympy.Basic) -> str:
+        """See `uniform`."""
+        seed, i, j = (f"tl.cast({bare(self._text(arg))}, tl.uint32)" for arg in expr.args)
+        row = self._mixed("row", f"tl.add({seed}, {_times(i, uniform.ROW)}, sanitize_overflow=False)")
+        column = self._mixed("column", _times(j, uniform.COLUMN))
+        bits = self._mixed("bits", f"{row} ^ {column}")
+        return f"(tl.cast({bits} >> 8, tl.float32) * {2.0**-24!r})"
+
+    def _mixed(self, name: str, text: str) -> str:
+        name = f"{name}{len(self._lines)}"
+        self._lines.append(f"{name} = {text}")
+        for shift, factor in uniform.MIX:
+            shifted = f"{name} ^ ({name} >> {shift})"
+            self._lines.append(f"{name} = {_times(shifted, factor) if factor != 1 else shifted}")
+        return name
+
     def called(self, expr: sympy.Basic) -> str:
         name = {sympy.exp: "tl.exp", sympy.log: "tl.log", sigmoid: "tl.sigmoid"}[expr.func]
         return f"{name}({bare(self.real(expr.args[0]))})"
@@ -196,8 +212,14 @@ _PRINTERS: list[tuple[Any, Callable[[Statements, sympy.Basic], str]]] = [
     (sympy.sign, Statements.sign),
     (sympy.Abs, Statements.magnitude),
     (sympy.tanh, Statements.tanh),
+    (uniform, Statements.random),
     ((sympy.exp, sympy.log, sigmoid), Statements.called),
 ]
+
+
+def _times(text: str, factor: int) -> str:
+    """A product that may wrap around."""
+    return f"tl.mul({text}, {factor:#x}, sanitize_overflow=False)"
 
 
 def _printer(expr: sympy.Basic) -> Callable[[Statements, sympy.Basic], str]:

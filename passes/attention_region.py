@@ -19,7 +19,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from recompile.lowering import scalar
-from recompile.lowering.score import S, atleast, atmost, kind, tables_in, trunc, where
+from recompile.lowering.score import S, atleast, atmost, kind, tables_in, trunc, uniform, where
 from recompile.lowering.score import table as table_of
 from recompile.rewrite import Refuse, arguments, same
 from recompile.torch_private.symbols import SYM, expression
@@ -42,17 +42,20 @@ class Region:
         weights: P.
         sizes: of the axes, by atom.
         regions: all nodes of which only this region and others like it are made.
+        as_eager: whether dropout must draw the numbers that eager draws.
     """
 
-    def __init__(self, weights: fx.Node, sizes: dict[str, Any], regions: set[fx.Node]) -> None:
-        self.weights, self.sizes, self.regions = weights, sizes, regions
+    def __init__(
+        self, weights: fx.Node, sizes: dict[str, Any], regions: set[fx.Node], as_eager: bool
+    ) -> None:
+        self.weights, self.sizes, self.regions, self.as_eager = weights, sizes, regions, as_eager
         self.cone = cone(weights)
         self.products = products(self.cone)
         self.path = path(self.cone, self.products)
         self.product: Contraction | None = None
         self.product_axes: Axes = ()
         self.softmax: sympy.Basic | None = None  # the score under it
-        self.loads: dict[str, tuple[fx.Node, Axes]] = {}
+        self.loads: dict[str, tuple[fx.Node, Axes]] = {}  # a dropout stands for its seeds
         self.covered: dict[fx.Node, None] = {}
         self._known: dict[tuple[fx.Node, Axes], sympy.Basic] = {}
 
@@ -87,12 +90,13 @@ class Region:
             return shifted
         if (normalized := self._by_hand(node, axes)) is not None:
             return normalized
+        if node.target is aten.dropout.default:
+            return self._dropout(node, axes)
         expr = self._computed(node, axes)
         if expr is None:
-            name = getattr(node.target, "overloadpacket", node.target)
-            what = getattr(name, "__name__", name)
-            training = " in training: not supported" if "dropout" in str(what) else " is not supported"
-            raise Refuse(f"{what} between the scores and the values{training}", node)
+            packet = getattr(node.target, "overloadpacket", node.target)
+            name = getattr(packet, "__name__", packet)
+            raise Refuse(f"{name} between the scores and the values is not supported", node)
         return expr
 
     def _product(self, found: Contraction, axes: Axes) -> sympy.Basic:
@@ -129,6 +133,19 @@ class Region:
             return None
         self._over_keys(node, axes)
         return SHIFT
+
+    def _dropout(self, node: fx.Node, axes: Axes) -> sympy.Basic:
+        """Dropout: a random number for each pair, from a seed for each of the batch axes."""
+        given = arguments(node)
+        if self.as_eager:
+            raise Refuse("dropout has to draw eager's numbers: Inductor's fallback_random is set", node)
+        if given["p"] >= 1:
+            raise Refuse("dropout leaves nothing", node)
+        seed = self._name("n", node, tuple((atom,) for axis in axes for atom in axis if atom[0] == "b"))
+        i, j = (scalar.symbol(x) if (x,) in axes else sympy.Integer(0) for x in "ij")
+        kept = uniform(scalar.symbol(seed), i, j) >= score_ops.number(given["p"])
+        x = score_ops.real(self.element(given["input"], axes))
+        return where(kept, x * sympy.Float(1 / (1 - given["p"])), sympy.Integer(0))
 
     def _over_keys(self, node: fx.Node, axes: Axes) -> None:
         """Checks that `node` reduces the keys of P's rows, and reads what it reduces."""

@@ -72,10 +72,11 @@ class RewriteAttention(Pass):
                 candidates.remove(second)
                 candidates += _candidates(parts)
         regions = {node for second in candidates for node in (*cone(second.weights), *second.nodes())}
+        as_eager = ctx.options.inductor_setting("fallback_random")
         for second in candidates:
             ctx.tried(self.name())
             try:
-                _rewrite(second, Effects(graph), self.name(), regions)
+                _rewrite(second, Effects(graph), self.name(), regions, bool(as_eager))
                 ctx.fired(self.name())
             except Refuse as refusal:
                 ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
@@ -90,7 +91,7 @@ def _candidates(nodes: Iterable[fx.Node]) -> Iterator[Second]:
             yield chosen
 
 
-def _rewrite(second: Second, effects: Effects, rule: str, regions: set[fx.Node]) -> None:
+def _rewrite(second: Second, effects: Effects, rule: str, regions: set[fx.Node], as_eager: bool) -> None:
     """Replaces the attention that ends in `second`.
 
     Raises:
@@ -98,7 +99,7 @@ def _rewrite(second: Second, effects: Effects, rule: str, regions: set[fx.Node])
     """
     while True:
         try:
-            return _Attempt(second, effects, rule, regions).replace()
+            return _Attempt(second, effects, rule, regions, as_eager).replace()
         except Split as split:
             second.split(split.atom, split.sizes)
 
@@ -106,9 +107,11 @@ def _rewrite(second: Second, effects: Effects, rule: str, regions: set[fx.Node])
 class _Attempt:
     """One reading of an attention, with the batch axes known so far."""
 
-    def __init__(self, second: Second, effects: Effects, rule: str, regions: set[fx.Node]) -> None:
+    def __init__(
+        self, second: Second, effects: Effects, rule: str, regions: set[fx.Node], as_eager: bool
+    ) -> None:
         self.second, self.effects, self.rule = second, effects, rule
-        self.region = Region(second.weights, second.sizes, regions)
+        self.region = Region(second.weights, second.sizes, regions, as_eager)
         if len(self.region.products) > 1:
             raise Refuse("the weights are made of two products", self.region.products[0])
         self.root = second.found.node
@@ -234,8 +237,12 @@ class _Attempt:
         return arrange(node, axes, atoms, self.second.sizes, build)
 
     def _extra(self, name: str, node: fx.Node, axes: Axes, build: Builder) -> fx.Node:
-        atoms = [*self.second.batch, *("t" if name[0] == "T" else "ij")]
         sizes = self.second.sizes
+        if node.target is aten.dropout.default:
+            shape_of_seeds = [sizes[atom] if (atom,) in axes else 1 for atom in self.second.batch]
+            device = node.meta["val"].device
+            return build.call(aten.randint.low, 0, 2**31, [*shape_of_seeds, 1, 1], device=device)
+        atoms = [*self.second.batch, *("t" if name[0] == "T" else "ij")]
         if name[0] == "T":
             sizes = {**sizes, "t": shape(node)[0]}
         return arrange(node, axes, atoms, sizes, build)

@@ -53,6 +53,12 @@ class Options:
             values[key] = _inductor(value) if key == "inductor" else _checked(known[key], value)
         return cls(**values)
 
+    def inductor_setting(self, name: str) -> Any:
+        """A setting of Inductor, as it will be while Inductor compiles this model."""
+        import torch._inductor.config  # it needs Dynamo, which takes a second to import
+
+        return dict(self.inductor).get(name, getattr(torch._inductor.config, name))
+
 
 def _checked(option: Field[Any], value: object) -> object:
     """`value` if it has the type of the option's default and is allowed."""

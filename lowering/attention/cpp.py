@@ -86,8 +86,8 @@ def _members(plan: Plan, q: Operand, k: Operand, v: Operand, out: Operand, lse: 
     for a in range(plan.rank):
         members.number(f"B{a}", out.sizes[a])
     members.constants += [
-        f"BM = {tile_size(q.sizes[-2], ROWS, 6)}",
-        f"BN = {tile_size(k.sizes[-2], KEYS, 16)}",
+        f"BM = round_up({tile_size(q.sizes[-2], ROWS)}, R)",
+        f"BN = round_up({tile_size(k.sizes[-2], KEYS)}, PANEL)",
     ]
     members.operand("q", q, [*batch, "m", "d"])
     members.operand("k", k, [*batch, "n", "d"])
@@ -104,14 +104,12 @@ def is_few(size: str) -> bool:
     return size.isdigit() and int(size) <= FEW
 
 
-def tile_size(size: str, most: int, multiple: int) -> int:
-    """Rows in a tile: as few tiles as possible, of about the same size."""
+def tile_size(size: str, most: int) -> int:
+    """Rows in a tile, before they are rounded up to whole blocks: as few tiles as possible, of about the same size."""
     if not size.isdigit() or int(size) > 8 * most:
         return most
     tiles = max(1, -(-int(size) // most))
-    rows = -(-int(size) // tiles)
-    # panels of the widest registers there are: 32 columns
-    return max(1, -(-rows // multiple)) * multiple
+    return max(1, -(-int(size) // tiles))
 
 
 class _Loops:

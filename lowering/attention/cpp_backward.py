@@ -117,8 +117,8 @@ def _members(plan: Plan, given: Given, outputs: Sequence[Operand], names: Sequen
     for a in range(plan.rank):
         members.number(f"B{a}", given.grad.sizes[a])
     members.constants += [
-        f"BM = {tile_size(q.sizes[-2], ROWS, 6)}",
-        f"BN = {tile_size(k.sizes[-2], KEYS, 16)}",
+        f"BM = round_up({tile_size(q.sizes[-2], ROWS)}, R)",
+        f"BN = round_up({tile_size(k.sizes[-2], KEYS)}, PANEL)",
     ]
     dims = {"q": "md", "k": "nd", "v": "ne", "grad": "me", "out": "me", "lse": "m"}
     shown = "q k v grad out lse" if plan.spec.softmax else "q k v grad"

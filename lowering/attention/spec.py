@@ -3,7 +3,7 @@
 For each batch index (samples, heads, ...), query i in M and key j in N, with s = <q[i], k[j]> and the extras as
 loads (`recompile.lowering.score` has the language):
 
-    softmax:      p[i, j] = softmax over j of score(i, j), times weight(i, j)
+    softmax:      p[i, j] = softmax over j of score(i, j), times weight(i, j), which does not depend on s
     otherwise:    p[i, j] = score(i, j)
     out[i]        = sum over j of p[i, j] * v[j]
 

@@ -249,8 +249,12 @@ class _Backward:
                 values[product] = f"grad_{name}"
                 lines += self._defined(printer, values[product], product)
             value = values[product]
-            lines.append(f"{to} = {self.tile.dot(self.tile.narrow(value), rows, to)}" if name == "s"
-                         else self._added(by, name, value))  # fmt: skip
+            if name == "s":
+                lines.append(f"{to} = {self.tile.dot(self.tile.narrow(value), rows, to)}")
+            elif name[0] == "T":
+                lines += self._scattered(printer, by, name, value)
+            else:
+                lines.append(self._added(name, value))
         return lines
 
     def _defined(self, printer: Statements, name: str, product: sympy.Basic) -> list[str]:
@@ -264,15 +268,16 @@ class _Backward:
             f"{name} = {bare(text)}" if factor.is_number else f"{name} = tl.where(inside, {bare(text)}, 0.0)",
         ]
 
-    def _added(self, by: sympy.Basic, name: str, value: str) -> str:
+    def _scattered(self, printer: Statements, by: sympy.Basic, name: str, value: str) -> list[str]:
+        lines, index, fits = self.tile.index(printer, by)
+        inside = f"inside & {fits}" if fits else "inside"
+        at = f"d{name}_at + tl.broadcast_to({index}, [{self.block}, {self.other}])"
+        return [*lines, f'tl.atomic_add({at}, {value}, mask={inside}, sem="relaxed")']
+
+    def _added(self, name: str, value: str) -> str:
         x = self.into[name]
         if self._summed(name):
             return f"d{name} += tl.sum({value}, 1)"
-        if name[0] == "T":
-            index, fits = self.tile.indices[by]
-            inside = f"inside & {fits}" if fits else "inside"
-            at = f"d{name}_at + tl.broadcast_to({index}, [{self.block}, {self.other}])"
-            return f'tl.atomic_add({at}, {value}, mask={inside}, sem="relaxed")'
         at, _ = self.tile.pair_address(f"d{name}", x, "ij")
         if is_shared(self.problem, name, x):
             return f'tl.atomic_add({at}, {value}, mask=inside, sem="relaxed")'

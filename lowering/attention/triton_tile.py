@@ -224,6 +224,14 @@ class Tile:
         low, high = self._interval(expr)
         return low > -(2**31) and high < 2**31
 
+    def index(self, printer: Statements, load: sympy.Basic) -> tuple[list[str], str, str]:
+        """The statements that a read of a table still needs, its index, and whether that fits ("": it does)."""
+        lines: list[str] = []
+        if load not in self.indices:
+            lines, text = printer.value(load.args[0])
+            lines += self._read(type(load).__name__, load.args[0], text)[0]
+        return lines, *self.indices[load]
+
     def _read(self, name: str, index: sympy.Basic, text: str) -> tuple[list[str], str]:
         table = self.problem.extra(name)
         at = f"index{len(self.indices)}"

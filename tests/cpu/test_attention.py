@@ -115,6 +115,34 @@ def test_a_length_of_0_is_divided_by():
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
+def dropped(q, k, v):
+    return F.dropout((q @ k.mT).softmax(-1), 0.25, training=True) @ v
+
+
+def test_dropout_in_training():
+    """With the identity as values the output is the weights: each is dropped, or 4/3 of what it was."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(4, 2, 64, 8, requires_grad=True) for _ in range(2))
+    v, grad = torch.eye(64).expand(4, 2, -1, -1), torch.randn(4, 2, 64, 64)
+    compiled = torch.compile(dropped, backend="recompile", options={"strict": True})
+    outs = [compiled(q, k, v) for _ in range(2)]
+    expected, kept = (q @ k.mT).softmax(-1), outs[0] > 0
+    torch.testing.assert_close(outs[0], expected * kept / 0.75)
+    torch.testing.assert_close(
+        torch.autograd.grad(outs[0], (q, k), grad), torch.autograd.grad(expected * kept / 0.75, (q, k), grad)
+    )
+    assert abs(kept.float().mean() - 0.75) < 0.01  # of 32768: a standard deviation is 0.0024
+    again = (outs[1] > 0).float().sub(0.75).mul(kept.float() - 0.75).mean()
+    assert abs(again) < 0.005  # the second call's are independent
+
+
+def test_dropout_that_must_be_eager_s_is_left_alone():
+    options = {"inductor": {"fallback_random": True}}
+    report = recompile.explain(dropped, *inputs(), options=options)
+    said = [r.why for e in report.graphs[0].passes for rule in e.rules for r in rule.refused]
+    assert "dropout has to draw eager's numbers: Inductor's fallback_random is set" in said
+
+
 class Library(nn.Module):
     """`nn.MultiheadAttention` as SASRec, BST and others call it."""
 
@@ -205,10 +233,6 @@ def added_in_place(q, k, v):
     return scores.softmax(-1) @ v
 
 
-def with_dropout(q, k, v):
-    return F.dropout((q @ k.mT).softmax(-1), 0.5, training=True) @ v
-
-
 def accumulated(q, k, v):
     return (q @ k.mT).cumsum(-1).softmax(-1) @ v
 
@@ -235,7 +259,6 @@ REFUSED = [
     (values_made_of_scores, "scores are also read by mean", "matmul"),
     (filled_in_place, "the scores are written in place", ""),
     (added_in_place, "add_ between the scores and the values is not supported", "add_"),
-    (with_dropout, "dropout between the scores and the values in training: not supported", "dropout"),
     (accumulated, "cumsum between the scores and the values is not supported", "cumsum"),
     (of_two_products, "the weights are made of two products", "matmul"),
     (softmax_of_softmax, "two softmaxes stand one after the other", "softmax_1"),

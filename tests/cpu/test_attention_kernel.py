@@ -13,6 +13,7 @@ from torch._inductor.utils import run_and_get_code
 import recompile.lowering.attention  # noqa: F401  (registers the op)
 from recompile.lowering.attention import Attention
 from recompile.lowering.score_cpp import MATH
+from tests import expressions
 
 # Relative to the largest value of a tensor. A sum of n products in float32 is off by up to n 6e-8 of its terms, and the
 # terms here cancel; outputs in half precision are rounded to 8 and 11 bits, gradients are sums of products of such.
@@ -46,6 +47,8 @@ SPECS = {
     "weighted": Attention("0.25*s + x0", True, ("x0", "x1"), weight="x1"),
     "t5": Attention(f"s + {T5}", True, ("T0",)),
     "gathered": Attention("s + T0(n0)", True, ("T0", "n0")),
+    "dropout": softmax("0.25*s", "j <= i", extras=("n0",), weight="where(uniform(n0, i, j) >= 0.25, 1.25, 0)"),
+    "dropped": Attention("where(uniform(n0, i, j) >= 0.5, 2*s*sigmoid(s), 0)", False, ("n0",)),
 }  # fmt: skip
 
 
@@ -64,6 +67,8 @@ def extras(name, b, h, m, n):
         "weighted": lambda: [torch.randn(1, h, m, n), torch.rand(b, 1, 1, n)],
         "t5": lambda: [torch.randn(16, h).t()[None]],
         "gathered": lambda: [torch.randn(b, 1, 10), torch.randint(0, 10, (b, 1, m, n))],
+        "dropout": lambda: [torch.randint(0, 2**31, (b, h, 1, 1))],
+        "dropped": lambda: [torch.randint(0, 2**31, (b, 1, 1, 1))],
     }.get(name, list)()  # fmt: skip
 
 
@@ -90,7 +95,7 @@ def results(function, tensors, given, spec, seed, dtype=None):
 
 
 def check(name, tensors, given, function=compiled):
-    spec = str(SPECS[name])
+    spec = str(SPECS.get(name, name))
     q, _, v = tensors
     seed = torch.randn(
         *torch.broadcast_shapes(*(x.shape[:-2] for x in tensors)), q.shape[-2], v.shape[-1]
@@ -154,6 +159,28 @@ def test_a_spec_over_random_shapes(name):
         extras(name, 4, 6, 11, 11 if name in SQUARE else 19),
     )
     run()
+
+
+@settings(
+    max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+@given(
+    expressions.specs(),
+    st.sampled_from([(2, 2, 7, 9), (1, 3, 40, 70), (3, 1, 101, 33)]),
+    st.integers(0, 10**6),
+)
+def test_random_scores(spec, shape, seed):
+    torch._dynamo.reset()
+    torch.manual_seed(seed)
+    tensors = [x / 2 for x in inputs(*shape, 9, 5)]
+    check(spec, tensors, expressions.extras(*shape), torch.compile(attention, dynamic=False))
+
+
+@pytest.mark.parametrize("rows", [35, 70, 97, 200])
+def test_tiles_that_do_not_fill_their_registers(rows):
+    """Known lengths, which tiles are made for: their memory is in whole panels of columns."""
+    torch._dynamo.reset()
+    check("causal", inputs(2, 2, rows, rows, 24, 12), [], torch.compile(attention, dynamic=False))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("hstu", torch.bfloat16), ("weighted", torch.float16)])

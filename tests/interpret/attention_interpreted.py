@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 import recompile.lowering  # noqa: F401  (registers the ops)
 from recompile.lowering.attention import Attention, op, triton_schedule
 from recompile.lowering.attention.triton_schedule import Schedule
+from tests import expressions
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
 attention = op.op_for("cuda")
@@ -160,6 +161,10 @@ CASES = {
         Attention("s + T0(where(Abs(i - j) < 8, Abs(i - j), 8 + Mod(floordiv(i - j, 3), 7)))", True, ("T0",)),
         lambda b, h, m, n: [torch.randn(1, h, 15)],
     ),
+    "dropout": Case(
+        masked("j <= i", ("n0",), weight="where(uniform(n0, i, j) >= 0.25, 1.25, 0)"),
+        lambda b, h, m, n: [torch.randint(0, 2**31, (b, h, 1, 1))],
+    ),
     "sigmoid": Case(Attention("sigmoid(s/4 - log(N))", False)),
     "relu squared": Case(Attention("where(s > 0, s**2/(16*N), 0)", False)),
     "padded silu": Case(
@@ -212,6 +217,20 @@ def test_random_calls(call):
     with pytest.MonkeyPatch.context() as patch:
         use(patch, tile)
         check(case.spec, *qkv, extras, case.equal_nan)
+
+
+@given(expressions.specs(), st.integers(0, 2**20))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_random_scores(spec, seed):
+    torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, (16, 16))
+        check(
+            spec,
+            *[x / 2 for x in tensors(2, 2, 7, 20, 8, 8)],
+            expressions.extras(2, 2, 7, 20),
+            equal_nan=True,
+        )
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 1, 3), (2, 1, 2, 2)], ids=str)
