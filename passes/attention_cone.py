@@ -17,6 +17,7 @@ CASTS = (aten.to, aten._to_copy)
 CONSTANTS = {
     aten.ones: 1, aten.ones_like: 1, aten.new_ones: 1, aten.zeros: 0, aten.zeros_like: 0, aten.new_zeros: 0,
 }  # fmt: skip
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 FILLED = (aten.full, aten.full_like, aten.new_full, aten.scalar_tensor)
 
 
@@ -43,7 +44,7 @@ def products(nodes: dict[fx.Node, None]) -> list[fx.Node]:
     Without a softmax on the way, both sides must have a dim in common beside the summed one, such as samples:
     a linear layer's have none.
     """
-    softmax = any(n.target in (aten.softmax.int, aten._softmax.default, aten.exp.default) for n in nodes)
+    softmax = any(n.target in (*SOFTMAX, aten.exp.default) for n in nodes)
     found = [(n, contraction(n)) for n in nodes]
     return [n for n, c in found if c is not None and (softmax or c.common())]
 
@@ -59,7 +60,7 @@ def _is_transparent(node: fx.Node) -> bool:
 
 
 _TRANSPARENT = {
-    aten.softmax, aten._softmax, aten.amax, aten.max, aten.sum, aten.tril, aten.triu, aten.index, aten.embedding,
+    aten.softmax, aten._softmax, aten._safe_softmax, aten.amax, aten.max, aten.sum, aten.tril, aten.triu, aten.index, aten.embedding,
     aten.unsqueeze, aten.permute, aten.expand, aten.repeat, aten.repeat_interleave, aten.contiguous, aten.clone,
     aten.alias, aten.detach, aten._unsafe_view, aten.reshape, aten.view, aten.squeeze, aten.masked_fill_,
     aten.dropout, aten.feature_dropout, aten.logsumexp, *CASTS,

@@ -25,7 +25,17 @@ from recompile.rewrite import Refuse, arguments, same
 from recompile.torch_private.symbols import SYM, expression
 
 from . import score_ops
-from .attention_cone import CASTS, CONSTANTS, FILLED, cone, is_constant_or_pure, is_filled, path, products
+from .attention_cone import (
+    CASTS,
+    CONSTANTS,
+    FILLED,
+    SOFTMAX,
+    cone,
+    is_constant_or_pure,
+    is_filled,
+    path,
+    products,
+)
 from .attention_softmax import SHIFT, P, logarithm, row_sum
 from .axes import Axes, before_view, shape
 from .contractions import Contraction, contraction
@@ -55,6 +65,7 @@ class Region:
         self.product: Contraction | None = None
         self.product_axes: Axes = ()
         self.softmax: sympy.Basic | None = None  # the score under it
+        self.safe = False  # a row without keys is 0 in it
         self.loads: dict[str, tuple[fx.Node, Axes]] = {}  # a dropout stands for its seeds
         self.covered: dict[fx.Node, None] = {}
         self._known: dict[tuple[fx.Node, Axes], sympy.Basic] = {}
@@ -84,7 +95,8 @@ class Region:
         found = contraction(node)
         if found is not None:
             return self._product(found, axes)
-        if node.target is aten.softmax.int or node.target is aten._softmax.default:
+        if node.target in SOFTMAX:
+            self.safe = node.target is aten._safe_softmax.default
             return self._softmax(node, arguments(node)["dim"], axes)
         if (shifted := self._row_max(node, axes)) is not None:
             return shifted

@@ -47,6 +47,7 @@ from .attention_region import Region
 from .attention_softmax import P, factor, logarithm, row_sum, unshifted
 from .axes import Axes, Split, arrange, shape
 from .contractions import contraction
+from .library_attention import LIBRARY, by_library, spell_out, take_back
 from .score_masks import divided, masks
 
 aten = torch.ops.aten
@@ -62,9 +63,7 @@ class RewriteAttention(Pass):
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         ctx.rule(self.name())
-        for node in graph.nodes:
-            if node.target is aten.scaled_dot_product_attention.default:
-                ctx.refuse(self.name(), "it is the library's attention already", node)
+        spelled = self._spelled_out(graph, ctx)
         effects = Effects(graph)
         candidates = list(_candidates(graph.nodes))
         for second in [*candidates]:
@@ -80,6 +79,19 @@ class RewriteAttention(Pass):
                 ctx.fired(self.name())
             except Refuse as refusal:
                 ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
+        for call, build in spelled.items():
+            take_back(call, build)
+
+    def _spelled_out(self, graph: fx.Graph, ctx: Context) -> dict[fx.Node, Builder]:
+        """The calls of the library's attention, and what stands in their place for the while."""
+        spelled = {}
+        for node in graph.find_nodes(op="call_function", target=LIBRARY):
+            try:
+                spelled[node] = spell_out(node, Effects(graph), self.name())
+            except Refuse as refusal:
+                ctx.tried(self.name())
+                ctx.refuse(self.name(), refusal.why, node)
+        return spelled
 
 
 def _candidates(nodes: Iterable[fx.Node]) -> Iterator[Second]:
@@ -203,7 +215,11 @@ class _Attempt:
                 for operand, atoms in zip((self.q, self.k, self.v), wanted, strict=True)
             ]
             extras = [self._extra(name, *place, build) for name, place in loads.items()]
-            out = build.call(operator.getitem, build.call(op, *given, extras, str(spec)), 0)
+            how = by_library(spec, self.root.meta["val"].device.type, len(batch) + 2)
+            if how is not None:
+                out = build.call(LIBRARY, *given, None, 0.0, **how)
+            else:
+                out = build.call(operator.getitem, build.call(op, *given, extras, str(spec)), 0)
             out = self._divided(out, build)
             if spec.order:
                 out = build.call(aten.permute.default, out, list(spec.order))
@@ -215,6 +231,8 @@ class _Attempt:
         erase(target)
         for node in sorted(self.region.covered, reverse=True):
             erase(node)
+            if node.target is aten.dropout.default and not node.users:
+                node.graph.erase_node(node)  # `erase` leaves what draws numbers
 
     def _shape(self, axes: Axes) -> list[Any]:
         """The sizes of these axes, -1 for one that is merged of several unknown ones."""
@@ -266,6 +284,7 @@ class _Attempt:
             keep=scalar.text(keep),
             kept="" if kept == score else scalar.text(kept),
             negligible=masked.negligible,
+            safe=self.region.safe,
             weight="" if weight == 1 else scalar.text(weight),
             order=() if order == tuple(range(len(atoms))) else order,
         )

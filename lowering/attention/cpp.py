@@ -260,6 +260,7 @@ def _finish(spec: Attention, lse: Operand) -> str:
         write(w.o + ((r - r0) * BM + i - t.i0) * w.width, E, out + out_at(t) + i * out_m, out_e);
     }
   }"""
+    nothing = "w.sum[at] == 0" if spec.safe else "N == 0"
     lse_at = "".join(f" + t.at[{a}] * lse_{a}" for a in range(len(lse.sizes) - 1))
     return f"""
   // Stores the outputs of a tile, and marks the rows in which no score is above what `score` has for skipped pairs.
@@ -272,7 +273,7 @@ def _finish(spec: Attention, lse: Operand) -> str:
         if (FULL && !w.redo[at]) continue;
         w.redo[at] = !(w.top[at] > {literal(spec.negligible)});
         any |= w.redo[at];
-        scale(w.o + at * w.width, w.width, N == 0 ? 0.0f : 1.0f / w.sum[at]);
+        scale(w.o + at * w.width, w.width, {nothing} ? 0.0f : 1.0f / w.sum[at]);
         write(w.o + at * w.width, E, out + out_at(t) + i * out_m, out_e);
         lse[i * lse_m{lse_at}] = w.top[at] + real::log(w.sum[at]);
       }}

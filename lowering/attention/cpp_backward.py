@@ -93,7 +93,8 @@ def backward(
     ranged = ranges(plan, keep, softmax=False)
     how = FEW if is_few(q.sizes[-2]) else MANY
     shared = "\n          shared(t, i, 0, to, bad);" if plan.hoisted else ""
-    wide = WIDE.format(negligible=literal(spec.negligible), shared=shared) if spec.softmax else ""
+    normalized = f"norm[i] = {'norm[i] == 0 ? top[i] = 0.0f : ' * spec.safe}1.0f / norm[i];"
+    wide = WIDE.format(negligible=literal(spec.negligible), shared=shared, normalized=normalized)
     text = f"""
 // The backward of {spec.score}{" for each pair, a softmax over the keys" if spec.softmax else ""}, where {spec.keep}
 struct AttentionBackward {{
@@ -101,7 +102,7 @@ struct AttentionBackward {{
 {tile_struct(plan, {name: x.ctype for name, x in tensors.items()}, keep, fields)}
 {setters(plan, tensors, keep, later)}{ranged}{hoisting(plan, [n for n, shared in slots.items() if shared])}
 {pairs}{gradients.collecting(plan, found)}
-{_scratch(plan, pairs)}{wide}{PACK.format(packed=how["packed"])}{_visit(plan, pairs, how)}{_run(plan, pairs, names, prepare, threads)}
+{_scratch(plan, pairs)}{wide * spec.softmax}{PACK.format(packed=how["packed"])}{_visit(plan, pairs, how)}{_run(plan, pairs, names, prepare, threads)}
 }};
 """
     body = f"\n  AttentionBackward{{{', '.join(members.values)}}}.run();"

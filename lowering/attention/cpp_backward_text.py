@@ -54,7 +54,7 @@ WIDE = """
         }}
       }}
     }}
-    for (int64_t i = 0; i < M; ++i) norm[i] = 1.0f / norm[i];
+    for (int64_t i = 0; i < M; ++i) {normalized}
   }}
 """
 

@@ -23,7 +23,7 @@ def forward(
     wide = v.to(here.dtype)
     if not spec.softmax:
         return (scores @ wide).to(q.dtype), scores.new_zeros(0)
-    weights = torch.softmax(scores, -1)
+    weights = _softmax(scores, spec)
     if spec.weight:
         weights = weights * here.value(spec.weight)
     return (weights @ wide).to(q.dtype), torch.logsumexp(scores, -1)
@@ -53,7 +53,7 @@ def backward(
     g_score, g_weight, p = g, None, scores
     if spec.softmax:
         weight = here.value(spec.weight) if spec.weight else None
-        soft = torch.softmax(scores, -1)  # not exp(scores - lse): -1e9 + log(N) is -1e9 in float32
+        soft = _softmax(scores, spec)  # not exp(scores - lse): -1e9 + log(N) is -1e9 in float32
         total = (grad * out.to(dtype)).sum(-1, keepdim=True)
         g_score = soft * ((g if weight is None else g * weight) - total)
         g_weight, p = soft * g, soft if weight is None else soft * weight
@@ -65,6 +65,11 @@ def backward(
         found.append(_table(here, parts, name, extras[e]) if name[0] == "T" else
                      _summed(here.chain(parts, language.symbol(name)), extras[e]))  # fmt: skip
     return found
+
+
+def _softmax(scores: Tensor, spec: Attention) -> Tensor:
+    weights = torch.softmax(scores, -1)
+    return weights.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0) if spec.safe else weights
 
 
 class _Pairs:

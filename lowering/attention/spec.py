@@ -28,7 +28,8 @@ class Attention:
     """One attention (see the module's docstring), in canonical text form: `str(spec)`, `Attention.parse(text)`.
 
     `extras` names the symbols of the op's extra tensors: "x0" (real), "n0" (integer or bool), "T0" (a table of
-    reals). `order` is how the output lies in memory, outermost dim first; () is as it is written.
+    reals). `order` is how the output lies in memory, outermost dim first; () is as it is written. A softmax' row whose
+    scores are all -infinite is 0 if it is `safe`, as `scaled_dot_product_attention` has it, else NaN.
     """
 
     score: str
@@ -39,6 +40,7 @@ class Attention:
     negligible: float = float("-inf")
     weight: str = ""  # "": 1
     order: tuple[int, ...] = ()
+    safe: bool = False
 
     def __str__(self) -> str:
         return f"{to_text(self, _TYPES)}  # {fingerprint()}"

@@ -170,6 +170,8 @@ class _Backward:
         if self.problem.skips:
             unsettled = f"{self.tile.inside('i')} & ~(most > {negligible(self.problem)})"
             lines.append(f"unsettled = {unsettled}")
+        if self.problem.spec.safe:
+            lines.append("most = tl.where(most == float('-inf'), 0.0, most)")
         return lines
 
     def _zeros(self) -> list[str]:

@@ -126,6 +126,7 @@ def _rows(
         f"acc = tl.zeros([BLOCK_M, {padded(problem.value_dim)}], tl.float32)",
         head,
         *indent(step),
+        *(["total = tl.where(most == float('-inf'), 1.0, total)"] if problem.spec.safe else []),
         _store(tile, out, "acc / total[:, None]", which),
         f"tl.store(lse_at + queries * 2, {_natural(twos)}, mask={inside})",
         f"tl.store(lse_at + queries * 2 + 1, {log_total}, mask={inside})",

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import recompile
+from recompile.lowering.attention import Attention
+from recompile.passes.library_attention import by_library
 from recompile.passes.rewrite_attention import RewriteAttention
 from recompile.rewrite.schema import op_name
 from recompile.testing import assert_refuses, assert_rewrites, assert_rewritten_same
@@ -186,6 +188,83 @@ def test_an_encoder_layer_in_training_is_the_library_s():
     graph, record = assert_rewritten_same(Padded(), (x,))
     said = [r.why for entry in record.passes for rule in entry.rules for r in rule.refused]
     assert not attentions(graph) and "it is the library's attention already" in said
+
+
+LENGTHS = torch.tensor([N, 3, 0])
+ATTENDED = {
+    "plain": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3),
+    "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "padding, and a sample without keys": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(torch.arange(N) < LENGTHS[:, None])[:, None, None]
+    ),
+    "a bias": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.linspace(0, 1, N)[None]),
+    "heads inside rows": lambda q, k, v: F.scaled_dot_product_attention(
+        *(x.reshape(3, N, H, D).transpose(1, 2) for x in (q, k, v))
+    ).transpose(1, 2).reshape(3, N, H * D),
+    "three dims": lambda q, k, v: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", ATTENDED)
+def test_the_library_s_attention_in_float32(name, dynamic):
+    """On a CPU it becomes ours; values, layout and gradients stay."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    qkv = [torch.randn(3, H, N, D, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(ATTENDED[name], backend="recompile", dynamic=dynamic, options={"strict": True})
+    with recompile.report.collect() as report:
+        actual, expected = compiled(*qkv), ATTENDED[name](*qkv)
+    assert [region.op for region in report.graphs[0].regions] == ["recompile.attention.default"]
+    assert actual.stride() == expected.stride()
+    torch.testing.assert_close(actual, expected)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, qkv, grad, allow_unused=True),
+        torch.autograd.grad(expected, qkv, grad, allow_unused=True),
+    )
+
+
+def test_the_library_s_dropout():
+    q, k, v = (torch.randn(3, H, N, D, requires_grad=True) for _ in range(3))
+
+    def attended(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+    report = recompile.explain(attended, q, k, v, train=True)
+    assert "weights times where(uniform(n0, i, j) >= 0.5, 2.0, 0)" in report.graphs[0].regions[0].summary
+
+
+def test_what_stays_the_library_s():
+    def grouped(q, k, v):
+        return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+
+    def of_one_key(q, k, v):
+        return F.scaled_dot_product_attention(q, k[..., :1, :], v[..., :1, :])
+
+    for model, why in (
+        (grouped, "it is the library's attention, with heads that share keys"),
+        (of_one_key, "the product has no dim of keys of its own"),
+    ):
+        report = recompile.explain(model, *inputs(), options={"strict": True})
+        said = [r.why for e in report.graphs[0].passes for rule in e.rules for r in rule.refused]
+        assert why in said and not report.graphs[0].regions
+        assert report.graphs[0].passes[-1].nodes_after == report.graphs[0].passes[-1].nodes_before
+
+
+def test_a_plain_softmax_on_a_gpu_is_the_library_s():
+    causal = Attention("where(j <= i, 0.25*s, -oo)", True, keep="j <= i", kept="0.25*s")
+    assert by_library(causal, "cuda", 4) == {"is_causal": True, "scale": 0.25}
+    assert by_library(Attention("0.5*s", True), "cuda", 4) == {"is_causal": False, "scale": 0.5}
+    window = Attention("where(i - j < 5, s, -oo)", True, keep="i - j < 5", kept="s")
+    for spec in (
+        window,
+        Attention("s + x0", True, ("x0",)),
+        Attention("tanh(s)", True),
+        Attention("0.25*s", False),
+    ):
+        assert by_library(spec, "cuda", 4) is None
+    assert by_library(causal, "cpu", 4) is None and by_library(causal, "cuda", 5) is None
 
 
 def test_control_flow_on_scores_hands_them_to_python():

@@ -114,6 +114,11 @@ CASES = {
     "causal, infinite": Case(masked("j <= i", fill="-oo")),
     "strictly causal: the first row has no key": Case(masked("j < i")),
     "no key at all, infinite": Case(masked("Ne(n0, 0)", ("n0",), "-oo"), some_keys, equal_nan=True),
+    "no key at all, infinite and safe": Case(masked("Ne(n0, 0)", ("n0",), "-oo", safe=True), some_keys),
+    "infinities that are added, safe": Case(
+        Attention("s/4 + x0", True, ("x0",), safe=True),
+        lambda b, h, m, n: [torch.where(some_keys(b, h, m, n)[0], 0.0, float("-inf"))],
+    ),
     "no key at all": Case(masked("Ne(n0, 0)", ("n0",)), some_keys),
     "no key at all, and a weak fill": Case(masked("Ne(n0, 0)", ("n0",), "-10000.0"), some_keys),
     "padding that is added": Case(
