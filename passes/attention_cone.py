@@ -60,7 +60,8 @@ def _is_transparent(node: fx.Node) -> bool:
 
 
 _TRANSPARENT = {
-    aten.softmax, aten._softmax, aten._safe_softmax, aten.amax, aten.max, aten.sum, aten.tril, aten.triu, aten.index, aten.embedding,
+    aten.softmax, aten._softmax, aten._safe_softmax,
+    aten.amax, aten.max, aten.sum, aten.tril, aten.triu, aten.index, aten.embedding,
     aten.unsqueeze, aten.permute, aten.expand, aten.repeat, aten.repeat_interleave, aten.contiguous, aten.clone,
     aten.alias, aten.detach, aten._unsafe_view, aten.reshape, aten.view, aten.squeeze, aten.masked_fill_,
     aten.dropout, aten.feature_dropout, aten.logsumexp, *CASTS,

@@ -178,6 +178,7 @@ _PASS = """
       t.j1 = std::min(t.j0 + BN, std::min(N, t.j0 + round_up(end - t.j0, PANEL)));
       const int64_t n = t.j1 - t.j0;
       keys(t);
+      if (!FULL && range(t, t.i0, t.i1 - 1).kind == SKIPPED) continue;
       Range ranges[BM / R];
       bool any = false;
       for (int64_t b = 0; b < blocks; ++b) {{

@@ -1,8 +1,9 @@
 """Which pairs of a tile may be kept: `Attention.keep` at a tile's corners, as C++.
 
 For rows i0 to i1 and keys j0 to j1 (inclusive): `possible` holds unless no pair is kept, `certain` only if all are.
-Comparisons that are linear in i and j are decided at the corners; what depends on the key only (padding) by `any` and
-`all` over the tile's keys, which are found once a tile; the rest may be either.
+Comparisons that are linear in i, j and integer loads are decided at the corners, for a load of the row or the key by its
+least and greatest value there (documents, of which a tile of queries meets few); what depends on the key only (padding)
+by `any` and `all` over the tile's keys. What is said of keys is found once a tile; the rest may be either.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
-from recompile.lowering.attention.cpp_plan import Plan, linear
+from recompile.lowering import scalar
+from recompile.lowering.attention.cpp_plan import Load, Plan, linear
 from recompile.lowering.score import I, J
 from recompile.lowering.score_cpp import text
 
 
 @dataclass
 class Keep:
-    """`columns` are the conditions on the key alone that `possible` and `certain` speak of, as any0, all0, ..."""
+    """`columns` are the conditions on the key alone that `possible` and `certain` speak of, as any0, all0, ...;
+    `spans` the loads of a row or a key whose least and greatest value they speak of, as n0_low and n0_high."""
 
     plan: Plan
     expr: sympy.Basic
     columns: list[sympy.Basic] = field(default_factory=list)
+    spans: dict[str, Load] = field(default_factory=dict)
 
     def possible(self) -> str:
         return self._decide(self.expr, True)
@@ -65,18 +69,31 @@ class Keep:
 
     def _ends(self, expr: Relational) -> tuple[str, str] | None:
         """The least and greatest value of left - right over the tile."""
-        found = self._linear(expr)
+        rest, spans = sympy.expand(expr.lhs - expr.rhs), dict[str, int]()
+        for symbol in sorted(rest.free_symbols & set(map(scalar.symbol, self.plan.loads)), key=str):
+            load, factor = self.plan.loads[symbol.name], rest.coeff(symbol)
+            if load.where in ("row", "column") and load.ctype != "float" and factor.is_Integer:
+                spans[symbol.name] = int(factor)
+                rest = sympy.expand(rest - factor * symbol)
+        found = self._linear(rest)
         if not found:
             return None
-        a, b, rest = found
-        return _at(a, b, rest, False), _at(a, b, rest, True)
+        self.spans |= {name: self.plan.loads[name] for name in spans}
+        corners = [_corner(self._end_names(spans), found, highest) for highest in (False, True)]
+        return corners[0], corners[1]
 
-    def _linear(self, expr: Relational) -> tuple[int, int, str] | None:
-        found = linear(expr.lhs - expr.rhs)
+    def _end_names(self, spans: dict[str, int]) -> list[tuple[int, tuple[str, str]]]:
+        """For each factor, what it is the factor of where that is least, and where it is greatest."""
+        where = {name: "t." * (self.plan.loads[name].where == "column") + name for name in spans}
+        return [(factor, (f"{where[name]}_low", f"{where[name]}_high")) for name, factor in spans.items()]
+
+    def _linear(self, expr: sympy.Basic) -> tuple[int, int, str] | None:
+        """(a, b, c) for a i + b j + c, where c is the same for a batch index."""
+        found = linear(expr)
         if not found:
-            if (expr.lhs - expr.rhs).free_symbols & {I, J}:
+            if expr.free_symbols & {I, J}:
                 return None
-            found = (0, 0, expr.lhs - expr.rhs)
+            found = (0, 0, expr)
         for symbol in found[2].free_symbols:
             load = self.plan.loads.get(symbol.name)
             if symbol.name not in "MN" and (load is None or load.where != "batch" or load.ctype == "float"):
@@ -96,7 +113,7 @@ class Keep:
             parts = [self._hull(arg) for arg in expr.args]
             inner, outer = ("std::max", "std::min") if isinstance(expr, And) else ("std::min", "std::max")
             return _joined(inner, [first for first, _ in parts]), _joined(outer, [end for _, end in parts])
-        found = self._linear(expr) if isinstance(expr, Relational) else None
+        found = self._linear(expr.lhs - expr.rhs) if isinstance(expr, Relational) else None
         if not found or abs(found[1]) != 1 or isinstance(expr, sympy.Ne):
             return "int64_t(0)", "N"
         return _key_bounds(type(expr), *found)
@@ -118,10 +135,15 @@ def _key_bounds(kind: type, a: int, b: int, rest: str) -> tuple[str, str]:
 
 def _at(a: int, b: int, rest: str, highest: bool) -> str:
     """a i + b j + rest at the corner of a tile where it is highest, or lowest."""
+    return _corner([], (a, b, rest), highest)
+
+
+def _corner(spans: list[tuple[int, tuple[str, str]]], found: tuple[int, int, str], highest: bool) -> str:
+    a, b, rest = found
     parts = [] if rest == "0" else [rest]
-    for factor, name in ((a, "i"), (b, "j")):
+    for factor, ends in ((a, ("i0", "i1")), (b, ("j0", "j1")), *spans):
         if factor:
-            corner = f"{name}{int((factor > 0) == highest)}"
+            corner = ends[(factor > 0) == highest]
             parts.append({1: corner, -1: f"-{corner}"}.get(factor, f"{factor} * {corner}"))
     return f"({' + '.join(parts)})" if parts else "int64_t(0)"
 

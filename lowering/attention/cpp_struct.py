@@ -122,6 +122,7 @@ def tile_struct(plan: Plan, tensors: Mapping[str, str], keep: Keep, more: Sequen
     for symbol in plan.hoisted.values():
         fields.append(f"{types[symbol.name].replace('bool', 'int32_t')}* {symbol};")
     fields += [f"bool any{k}, all{k};" for k in range(len(keep.columns))]
+    fields += [f"int64_t {name}_low, {name}_high;" for name, x in keep.spans.items() if x.where == "column"]
     newline = "\n    "
     return f"""
   struct Tile {{
@@ -174,7 +175,7 @@ def setters(plan: Plan, tensors: Mapping[str, Operand], keep: Keep, more: Sequen
     {_with_at([decode(inner, "index"), *late, *more])}
   }}
   void keys(Tile& t) const {{
-    {_lines([*early_keys, *_columns(plan, keep)])}
+    {_lines([*early_keys, *_columns(plan, keep), *_spans_of_keys(keep)])}
   }}
   void inner_keys(Tile& t) const {{
     {_lines(late_keys)}
@@ -214,6 +215,27 @@ def _columns(plan: Plan, keep: Keep) -> list[str]:
     return lines
 
 
+def _spans_of_keys(keep: Keep) -> list[str]:
+    """Finds the least and greatest value of loads over a tile's keys."""
+    return [
+        f"t.{name}_low = least(t.{name}, 1, t.j1 - t.j0), t.{name}_high = greatest(t.{name}, 1, t.j1 - t.j0);"
+        for name, load in keep.spans.items()
+        if load.where == "column"
+    ]
+
+
+def _spans_of_rows(keep: Keep) -> str:
+    return "".join(
+        f"\n    const int64_t {name}_low = {_over_rows('least', name)}, {name}_high = {_over_rows('greatest', name)};"
+        for name, load in keep.spans.items()
+        if load.where == "row"
+    )
+
+
+def _over_rows(function: str, name: str) -> str:
+    return f"{function}(t.{name} + i0 * {name}_m, {name}_m, i1 - i0 + 1)"
+
+
 def ranges(plan: Plan, keep: Keep, softmax: bool) -> str:
     """Functions that say which keys some rows keep, and which of a tile's columns a loop has to visit."""
     first, end = keep.bounds()
@@ -231,7 +253,7 @@ def ranges(plan: Plan, keep: Keep, softmax: bool) -> str:
     end = std::min<int64_t>(N, {end});
   }}
   // The columns that a loop over rows i0 to i1 visits, in whole registers.
-  Range range(const Tile& t, [[maybe_unused]] int64_t i0, [[maybe_unused]] int64_t i1) const {{{loads}
+  Range range(const Tile& t, [[maybe_unused]] int64_t i0, [[maybe_unused]] int64_t i1) const {{{loads}{_spans_of_rows(keep)}
     int64_t first, end;
     bounds(t, i0, i1, first, end);
     const int64_t from = round_down(std::max<int64_t>(first - t.j0, 0), PANEL), to = round_up(std::min(end, t.j1) - t.j0, W);

@@ -57,6 +57,17 @@ struct Bad {
   }
 };
 
+template <typename T> inline int64_t least(const T* from, int64_t stride, int64_t n) {
+  int64_t found = from[0];
+  for (int64_t k = 1; k < n; ++k) found = std::min<int64_t>(found, from[k * stride]);
+  return found;
+}
+template <typename T> inline int64_t greatest(const T* from, int64_t stride, int64_t n) {
+  int64_t found = from[0];
+  for (int64_t k = 1; k < n; ++k) found = std::max<int64_t>(found, from[k * stride]);
+  return found;
+}
+
 // What a loop over the columns of a tile does with a block of rows.
 enum Kind { SKIPPED, MASKED, KEPT };
 struct Range {

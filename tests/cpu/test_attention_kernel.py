@@ -45,6 +45,7 @@ SPECS = {
     "alibi": softmax("0.25*s + x0*(j - i)", "(j <= i) | (j < n0)", "-oo", extras=("x0", "n0")),
     "window": softmax("s", "(j <= i) & (i - j < 5)"),
     "documents": softmax("0.25*s", "Eq(n0, n1) & (j <= i)", "-oo", extras=("n0", "n1")),
+    "compared": softmax("s", "((n0 < 2*n1 - i) & Ne(n0, n1)) | Eq(i, j)", "-oo", extras=("n0", "n1")),
     "lengths": Attention(f"where(j < n0, {PLAIN}, 0)", False, ("n0", "x0"), "j < n0", PLAIN),
     "weighted": Attention("0.25*s + x0", True, ("x0", "x1"), weight="x1"),
     "t5": Attention(f"s + {T5}", True, ("T0",)),
@@ -64,9 +65,11 @@ def extras(name, b, h, m, n):
         "padding": lambda: [(torch.arange(n) < torch.randint(0, n + 1, (b, 1)))[:, None, None]],
         "padding_infinite": lambda: [(torch.arange(n) >= torch.arange(b)[:, None])[:, None, None]],
         "padding_safe": lambda: [(torch.arange(n) >= torch.arange(b)[:, None] * n)[:, None, None]],
-        "added_safe": lambda: [torch.where(torch.rand(b, 1, m, n).round() * torch.arange(m)[:, None] > 0, 0.1, -math.inf)],
+        "added_safe": lambda: [torch.where(torch.rand(b, 1, m, n) * torch.arange(m)[:, None] > 0.5, 0.1, -math.inf)],
         "alibi": lambda: [torch.rand(1, h, 1, 1), torch.randint(1, n + 1, (b, 1, 1, 1))],
         "documents": lambda: [documents[:, None, :m, None], documents[:, None, None, :n]],
+        "compared": lambda: [torch.randint(-9, 9, (b, 1, m, 1)),
+                             torch.randint(0, 99, (1, 1, 1, n)) * torch.arange(n) // 40],
         "lengths": lambda: [torch.randint(0, n + 1, (b, 1, 1, 1)), torch.randn(b, 1, m, 1)],
         "weighted": lambda: [torch.randn(1, h, m, n), torch.rand(b, 1, 1, n)],
         "t5": lambda: [torch.randn(16, h).t()[None]],
@@ -121,7 +124,7 @@ def inputs(b, h, m, n, d, e, dtype=torch.float32, swapped=False):
     return [torch.randn(b, h, rows, width).to(dtype) for rows, width in shapes]
 
 
-SQUARE = {"causal", "hstu", "alibi", "window", "documents"}  # no row without a key
+SQUARE = {"causal", "hstu", "alibi", "window", "documents", "compared"}  # no row without a key
 
 
 @pytest.fixture(autouse=True)
@@ -281,6 +284,24 @@ def test_doubles_fall_back_to_the_reference():
     spec, seed = str(SPECS["causal"]), torch.randn(2, 2, 5, 4).double()
     actual = results(torch.compile(attention), tensors, [], spec, seed)
     torch.testing.assert_close(actual, results(attention, tensors, [], spec, seed))
+
+
+def test_documents_side_by_side_cost_what_they_cost_alone():
+    """3,200 rows of 64 documents: blocks of queries meet the keys of their own documents only."""
+    torch._dynamo.reset()
+    documents = torch.arange(64).repeat_interleave(50)
+    tensors, given = (
+        inputs(1, 1, 3200, 3200, 8, 8),
+        [documents[None, None, :, None], documents[None, None, None]],
+    )
+    kernel, spec = torch.compile(attention, dynamic=False), str(SPECS["documents"])
+    apart = [x.view(64, 1, 50, 8) for x in tensors]
+    with torch.no_grad():
+        together = kernel(*tensors, given, spec)
+        alone = kernel(*apart, [], str(SPECS["causal"]))
+        torch.testing.assert_close(together.view_as(alone), alone)
+        _, (code,) = run_and_get_code(lambda: torch.compile(attention, dynamic=False)(*tensors, given, spec))
+    assert "n0_low" in code and "t.n1_high" in code
 
 
 def test_no_buffer_of_all_pairs():
