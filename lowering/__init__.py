@@ -2,15 +2,33 @@
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from recompile.lowering.attention import Attention
+from recompile.lowering.attention import reference as attention_reference
 from recompile.lowering.lookup import Lookup
+from recompile.lowering.lookup import reference as lookup_reference
 
 
 def describe(node: fx.Node) -> str:
     """One line about a region: `26 bags over 26 tables -> concat, sum`."""
     return _attention(node) if "attention" in str(node.target) else _lookup(node)
+
+
+def reference(operator: str, *args: Any) -> list[torch.Tensor]:
+    """What a forward region operator computes, in plain PyTorch; of an attention the output alone.
+
+    Args:
+        operator: its name; on any device.
+        args: the operator's.
+    """
+    *tensors, spec = args
+    if "attention" in operator:
+        q, k, v, extras = tensors
+        return [attention_reference.forward(q, k, v, extras, Attention.parse(spec))[0]]
+    weights, sources = tensors
+    return lookup_reference.forward(weights, sources, Lookup.parse(spec))
 
 
 def _lookup(node: fx.Node) -> str:
@@ -37,4 +55,4 @@ def _shape(node: Any) -> str:
     return str(list(node.meta["val"].shape))
 
 
-__all__ = ["describe"]
+__all__ = ["describe", "reference"]

@@ -1,4 +1,4 @@
-"""A digest of our code generators: part of every spec, so that Inductor's caches miss when a generator changes."""
+"""Digests: of our code generators, so that Inductor's caches miss when one changes, and of a spec."""
 
 import functools
 import hashlib
@@ -12,3 +12,8 @@ def fingerprint() -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
+
+
+def digest(spec: str) -> str:
+    """Eight hexadecimal digits that stand for a spec where its text is too long."""
+    return hashlib.sha256(spec.encode()).hexdigest()[:8]

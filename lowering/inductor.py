@@ -16,6 +16,7 @@ from torch._inductor.lowering import empty_strided
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 
+from recompile.lowering.fingerprint import digest
 from recompile.lowering.lookup.cpp_common import Operand
 
 Render = Callable[[Sequence[Operand], Sequence[Operand], int], tuple[str, str]]
@@ -63,15 +64,23 @@ def empty(size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
 
 
 class CppRegion(ir.ExternKernel):
-    """Calls a C++ kernel that `render` writes: `(inputs, outputs, threads) -> (functions, body)`."""
+    """Calls a C++ kernel that `render` writes: `(inputs, outputs, threads) -> (functions, body)`.
 
-    def __init__(self, title: str, inputs: Sequence[Any], outputs: Sequence[Any], render: Render) -> None:
+    Args:
+        title: the operator without its namespace; the kernel is named after it.
+        spec: the operator's spec; its digest in the source tells which region a kernel is of.
+    """
+
+    def __init__(
+        self, title: str, spec: str, inputs: Sequence[Any], outputs: Sequence[Any], render: Render
+    ) -> None:
         buffers = [realize(x) for x in inputs]
         targets = [realize(x) for x in outputs]
         nodes: list[Any] = list(self.unwrap_storage([*buffers, *targets]))
         device = outputs[0].get_device()
         super().__init__(None, ir.NoneLayout(device=device), nodes)
-        self.title, self.render, self.n_inputs, self.device = title, render, len(inputs), device
+        self.title, self.spec, self.render = title, spec, render
+        self.n_inputs, self.device = len(inputs), device
         self.mutation_outputs = [
             ir.MutationOutput(ir.NoneLayout(device=device), node, self) for node in nodes[len(inputs) :]
         ]
@@ -103,7 +112,8 @@ class CppRegion(ir.ExternKernel):
         name = f"cpp_{self.title}_{wrapper.next_kernel_suffix()}"
         signature = f'extern "C" void {name if V.graph.cpp_wrapper else "kernel"}({", ".join(definitions)})'
         entry = f"RECOMPILE_ENTRY\n{signature} {{{body}\n}}\n"
-        source = f"{_HEADER}\nnamespace {{\n{functions}\n}}  // namespace\n\n{entry}"
+        first = f"// recompile::{self.title}, spec {digest(self.spec)}\n"
+        source = f"{first}{_HEADER}\nnamespace {{\n{functions}\n}}  // namespace\n\n{entry}"
         if not V.graph.cpp_wrapper:
             source = f"async_compile.cpp_pybinding({types!r}, r'''\n{source}''')"
         wrapper.define_kernel(name, source, gpu=False, cpp_definition=f"{signature};\n")

@@ -4,6 +4,7 @@
 at what happened and for writing passes.
 """
 
+from .dump import dump
 from .errors import RecompileError
 from .explain import explain
 from .options import Options
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "Rule",
     "any_of",
+    "dump",
     "each",
     "explain",
     "last_report",

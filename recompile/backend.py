@@ -15,9 +15,11 @@ from torch._dynamo.exc import RestartAnalysis
 from torch._inductor.compile_fx import compile_fx
 
 from .capture import capture
+from .dumping import dumping
 from .errors import CaptureError, IndexOutOfRange, StrictError, unknown
 from .options import Options
 from .pipeline import ordered, parse_passes, run_passes
+from .recording import Recording
 from .report import GraphRecord, Refusal, RegionRecord, forget, new_graph, user_line
 from .rewrite import Pass
 
@@ -44,27 +46,28 @@ def recompile(
     Raises:
         OptionError: an option is unknown or has a bad value.
         PassOrderError: the passes' order has a cycle.
-        StrictError: a fallback to plain Inductor, or a failing pass, under `strict`.
+        StrictError: a fallback to plain Inductor, a failing pass, or a failing dump, under `strict`.
     """
     chosen = Options.from_dict(options)
     passes = ordered(parse_passes(chosen.passes))
     patches = inductor_settings(mode) | dict(chosen.inductor)
     record = new_graph()
-    optimized = _optimize(gm, example_inputs, chosen, passes, record)
-    try:
-        compiled: Any = compile_fx(
-            optimized, example_inputs, config_patches=_with_ours(patches, optimized) or None
-        )
-    except RestartAnalysis:  # how Inductor asks Dynamo to trace the graph again
-        forget(record)
-        raise
-    except Exception as error:
-        if optimized is gm:
+    with dumping(chosen, record) as recording:
+        optimized = _optimize(gm, example_inputs, chosen, passes, record, recording)
+        try:
+            compiled: Any = compile_fx(
+                optimized, example_inputs, config_patches=_with_ours(patches, optimized) or None
+            )
+        except RestartAnalysis:  # how Inductor asks Dynamo to trace the graph again
+            forget(record)
             raise
-        compiled = compile_fx(
-            gm, example_inputs, config_patches=patches or None
-        )  # raises if Inductor cannot either
-        _give_up(record, error, strict=chosen.strict)
+        except Exception as error:
+            if optimized is gm:
+                raise
+            compiled = compile_fx(
+                gm, example_inputs, config_patches=patches or None
+            )  # raises if Inductor cannot either
+            _give_up(record, error, strict=chosen.strict)
     return _naming_bad_ids(compiled)
 
 
@@ -96,18 +99,26 @@ def _optimize(
     options: Options,
     passes: Sequence[Pass],
     record: GraphRecord,
+    recording: Recording | None,
 ) -> fx.GraphModule:
     """`gm` captured and rewritten; or `gm` itself, and the reason in the record, where that fails."""
     record.nodes_before = record.nodes_after = len(gm.graph.nodes)
     try:
         captured = capture(gm)
         record.capture_ms = captured.ms
-        run_passes(captured.gm, options, record, example_inputs, passes)
-        record.regions = [_region(node) for node in captured.gm.graph.nodes if _is_region(node)]
+        if recording is not None:
+            recording.begin(captured.gm, captured.ms)
+        run_passes(captured.gm, options, record, example_inputs, passes, recording)
+        regions = [node for node in captured.gm.graph.nodes if _is_region(node)]
+        record.regions = [_region(node) for node in regions]
+        if recording is not None:
+            recording.end(captured.gm, regions)
     except StrictError:
         raise
     except CaptureError as error:
         record.fallback = Refusal(error.why, error.node, error.line)
+        if recording is not None:
+            recording.fallback(gm)
     except Exception as error:  # a fault of ours must not cost the user a model that Inductor compiles
         _give_up(record, error, strict=options.strict)
         return gm

@@ -1,4 +1,4 @@
-"""The command line: `recompile demo`, `zoo`, and `explain` or `bench` for a model of your own."""
+"""The command line: `recompile demo`, `zoo`, `explain` or `bench` for a model of your own, and what reads a dump."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import cli_dump
 from .errors import RecompileError
 
 
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     zoo.set_defaults(run=_zoo)
     explain = _target(commands.add_parser("explain", help="what was rewritten, what was not, and why"))
     explain.set_defaults(run=_explain)
+    cli_dump.add(commands)
     bench = _target(commands.add_parser("bench", help="a model against other backends"))
     bench.add_argument("--against", type=_words, default=("eager", "inductor"), help="inductor,eager")
     bench.add_argument("--batch", type=_numbers, default=(), help="batch sizes; default: the inputs as given")
@@ -79,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _target(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    command.add_argument("target", help="package.module:function, which returns (model, example_inputs)")
+    command.add_argument(
+        "target", help="package.module:function, which returns (model, example_inputs); explain: or a dump"
+    )
     command.add_argument("--json", action="store_true", help="machine-readable output")
     return command
 
@@ -106,11 +110,15 @@ def _zoo(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    from .dump_read import read
     from .explain import explain
 
-    model, inputs = load(args.target)()
-    with torch.no_grad():
-        report = explain(model, *inputs)
+    if Path(args.target).is_dir():
+        report = read(Path(args.target)).report
+    else:
+        model, inputs = load(args.target)()
+        with torch.no_grad():
+            report = explain(model, *inputs)
     print(report.to_json() if args.json else report.text())
     return 0
 

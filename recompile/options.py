@@ -32,6 +32,11 @@ class Options:
         "How far a rewrite may go: bitwise equal, another order of summation, or approximations.",
         ("exact", "reassociate", "fast"),
     )
+    dump: str = _option(
+        "",
+        "A folder to write every graph to, stage by stage, with the generated kernels and a page that shows them. "
+        "The environment variable `RECOMPILE_DUMP` sets the default.",
+    )
     inductor: tuple[tuple[str, object], ...] = _option(
         (), "A dictionary of `torch._inductor.config` settings for this model; wins over `mode`."
     )
@@ -45,11 +50,13 @@ class Options:
         """
         known = {f.name: f for f in fields(cls)}
         values: dict[str, Any] = {}
-        if "RECOMPILE_PASSES" in os.environ:
-            values["passes"] = os.environ["RECOMPILE_PASSES"]
+        for key, variable in (("passes", "RECOMPILE_PASSES"), ("dump", "RECOMPILE_DUMP")):
+            if variable in os.environ:
+                values[key] = os.environ[variable]
         for key, value in (given or {}).items():
             if key not in known:
                 raise unknown("option", key, known)
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
             values[key] = _inductor(value) if key == "inductor" else _checked(known[key], value)
         return cls(**values)
 

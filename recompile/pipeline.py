@@ -14,6 +14,7 @@ from .errors import StrictError
 from .numerics import LEVELS, Numerics
 from .options import Options
 from .pass_list import ordered, parse_passes
+from .recording import Recording
 from .report import GraphRecord, PassRecord
 from .rewrite import Context, Pass
 from .verify import Snapshot
@@ -29,6 +30,7 @@ def run_passes(
     record: GraphRecord,
     example_inputs: Sequence[Any] = (),
     passes: Iterable[Pass] | None = None,
+    recording: Recording | None = None,
 ) -> None:
     """Runs the passes over `gm.graph`, in place, and records each in `record.passes`.
 
@@ -37,6 +39,7 @@ def run_passes(
     Args:
         example_inputs: real inputs, for `verify="numerics"`.
         passes: what runs; by default what `options.passes` names.
+        recording: takes down the graph after each pass, for a dump.
 
     Raises:
         OptionError: `options.passes` names something unknown.
@@ -56,6 +59,8 @@ def run_passes(
             snapshot = _run(each, gm, options, entry, snapshot, numerics)
         entry.nodes_after = len(gm.graph.nodes)
         entry.ms = (time.perf_counter() - start) * 1e3
+        if recording is not None and not entry.skipped:
+            recording.after(gm, entry)
     gm.recompile()
 
 

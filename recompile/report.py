@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+
+from .errors import RecompileError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -92,6 +95,22 @@ class Report:
         """The whole record as JSON; `version` tells which fields to expect."""
         return json.dumps(asdict(self), indent=2)
 
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The record that `to_json` wrote.
+
+        Raises:
+            RecompileError: the text is of another version.
+        """
+        found = json.loads(text)
+        if found["version"] != VERSION:
+            raise RecompileError(
+                "the report is of another version of recompile",
+                expected=str(VERSION),
+                got=str(found["version"]),
+            )
+        return cls(graphs=[_graph_record(graph) for graph in found["graphs"]])
+
     def text(self, width: int = 110) -> str:
         """The report as plain text, `width` characters wide."""
         from .report_text import plain
@@ -102,6 +121,17 @@ class Report:
         from .report_text import render
 
         return render(self)
+
+
+def _graph_record(found: dict[str, Any]) -> GraphRecord:
+    fallback = found["fallback"] and Refusal(**found["fallback"])
+    regions = [RegionRecord(**region) for region in found["regions"]]
+    passes = [PassRecord(**{**p, "rules": list(map(_rule_record, p["rules"]))}) for p in found["passes"]]
+    return GraphRecord(**{**found, "fallback": fallback, "regions": regions, "passes": passes})
+
+
+def _rule_record(found: dict[str, Any]) -> RuleRecord:
+    return RuleRecord(**{**found, "refused": [Refusal(**refusal) for refusal in found["refused"]]})
 
 
 _lock = threading.Lock()
@@ -153,6 +183,7 @@ def collect() -> Iterator[Report]:
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)\n\s*(.*)')
 _TORCH = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.realpath(__file__)) + os.sep
+_ZOO = os.path.join(_OURS, "zoo", "")  # models, as a user writes them
 
 
 def user_line(node: fx.Node) -> str:
@@ -160,7 +191,25 @@ def user_line(node: fx.Node) -> str:
 
     It is the innermost frame of the node's stack trace that is neither torch's nor ours, or "".
     """
-    for path, number, function, code in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
-        if not os.path.realpath(path).startswith((_TORCH, _OURS)):
-            return f"{os.path.basename(path)}:{number} in {function}: {code.strip()}"
-    return ""
+    frames = _user_frames(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    path, number, function, code = frames[-1]
+    return f"{os.path.basename(path)}:{number} in {function}: {code.strip()}"
+
+
+def frame_line(node: fx.Node) -> str:
+    """The same for the function whose frame Dynamo compiled, such as `forward model.py:41`: the outermost frame."""
+    frames = _user_frames(node.meta.get("stack_trace") or "")
+    return f"{frames[0][2]} {os.path.basename(frames[0][0])}:{frames[0][1]}" if frames else ""
+
+
+@lru_cache(maxsize=4096)  # many nodes come from one line
+def _user_frames(trace: str) -> list[tuple[str, str, str, str]]:
+    """(path, line number, function, code) of the frames that are neither torch's nor ours, outermost first."""
+    frames: list[tuple[str, str, str, str]] = _FRAME.findall(trace)
+    return [frame for frame in frames if _is_users(os.path.realpath(frame[0]))]
+
+
+def _is_users(path: str) -> bool:
+    return path.startswith(_ZOO) or not path.startswith((_TORCH, _OURS))

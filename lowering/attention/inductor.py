@@ -30,7 +30,7 @@ def _attention(q: Any, k: Any, v: Any, extras: list[Any], spec: str) -> tuple[An
         q, k, v, *others = inputs
         return cpp.forward(parsed, q, k, v, others, outputs[0], outputs[-1], threads)
 
-    CppRegion("attention", [q, k, v, *extras], [out, lse] if parsed.softmax else [out], render)
+    CppRegion("attention", spec, [q, k, v, *extras], [out, lse] if parsed.softmax else [out], render)
     return out, lse
 
 
@@ -50,7 +50,7 @@ def _attention_backward(
         given = cpp_backward.Given(grad, q, k, v, others, out, lse)
         return cpp_backward.backward(parsed, given, outputs, wanted, threads)
 
-    CppRegion("attention_backward", [grad, q, k, v, out, lse, *extras], found, render)
+    CppRegion("attention_backward", spec, [grad, q, k, v, out, lse, *extras], found, render)
     return found
 
 

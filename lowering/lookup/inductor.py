@@ -33,7 +33,7 @@ def _lookup(weights: list[Any], sources: list[Any], spec: str) -> list[Any]:
         tables, loaded = inputs[: len(weights)], inputs[len(weights) :]
         return cpp.forward(group, tables, loaded, outputs, outputs[0].sizes[0], threads)
 
-    CppRegion("lookup", [*weights, *sources], outs, render)
+    CppRegion("lookup", spec, [*weights, *sources], outs, render)
     return outs
 
 
@@ -54,7 +54,7 @@ def _lookup_backward(
 
     if outs:
         dense = [dense_rows(x) for x in (*grads, *weights)]
-        CppRegion("lookup_backward", [*dense, *sources], outs, render)
+        CppRegion("lookup_backward", spec, [*dense, *sources], outs, render)
     return outs
 
 

@@ -90,6 +90,8 @@ class _Positions:
         return self._eval(text).to(torch.bool).expand(self.sample.shape)
 
     def _per_sample(self, x: Tensor) -> Tensor:
+        if self.bag.offsets < 0:
+            return x.reshape(self.batch, x.shape[0] // max(self.batch, 1), *x.shape[1:]).sum(1)
         return x.new_zeros(self.batch, *x.shape[1:]).index_add(0, self.sample, x)
 
     def weight(self) -> Tensor:

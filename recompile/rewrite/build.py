@@ -19,7 +19,10 @@ from recompile.torch_private.overloads import overload_for
 from recompile.torch_private.symbols import SYM, constant, expression
 
 # What describes a node's own value; everything else tells where in the model it comes from.
-_OWN_META = {"val", "tensor_meta", "example_value", "opaque", "unbacked_bindings", "eager_input_vals"}
+_OWN_META = {
+    "val", "tensor_meta", "example_value", "opaque", "unbacked_bindings", "eager_input_vals",
+    "recompile_replaced_by",
+}  # fmt: skip
 
 
 class Builder:

@@ -75,6 +75,7 @@ def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _hand_over(old: fx.Node, new: fx.Node, builder: Builder) -> None:
     memory = set(storages(old))
+    old.meta["recompile_replaced_by"] = builder.rule  # for a dump, which hears of the next line
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in builder.made)
     if memory != set(storages(new)):
         _refresh_views(new, memory, builder)

@@ -1,14 +1,15 @@
-"""The programs that Inductor writes, and how many kernels one run of them launches.
+"""The programs that Inductor writes, how many kernels one run of them launches, and the kernels of ours in them.
 
 Tried with torch 2.13: `torch._inductor.graph.GraphLowering.save_output_code`, which is also called when a
-program comes from the cache.
+program comes from a cache.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 from unittest import mock
 
 from torch._inductor.graph import GraphLowering
@@ -25,8 +26,63 @@ _LAUNCH = re.compile(
 def programs() -> Iterator[list[str]]:
     """The source of every program that Inductor makes, or loads, inside the `with` block."""
     sources: list[str] = []
-    with mock.patch.object(GraphLowering, "save_output_code", sources.append):
+    with mock.patch.object(GraphLowering, "save_output_code", _also(sources.append)):
         yield sources
+
+
+def hear(listener: Callable[[str], object]) -> None:
+    """Tells `listener` the source of every program that Inductor makes, or loads, from now on."""
+    GraphLowering.save_output_code = _also(listener)
+
+
+def _also(listener: Callable[[str], object]) -> Callable[[str], None]:
+    """`listener` after the one that is there."""
+    before: Callable[[str], object] | None = GraphLowering.save_output_code
+
+    def tell(source: str) -> None:
+        if before is not None:
+            before(source)
+        listener(source)
+
+    return tell
+
+
+class Kernel(NamedTuple):
+    """A kernel of ours in a program. `spec` is the digest of its region's spec, "" for Triton."""
+
+    name: str
+    op: str  # of our namespace, such as "lookup_backward"
+    spec: str
+    suffix: str
+    source: str
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether it computes gradients."""
+        return self.op.endswith("_backward")
+
+
+_CPP = re.compile(
+    r"^(cpp_\w+) = async_compile\.cpp_pybinding\(\[.*?\], r'''\n(.*?)'''\)", re.MULTILINE | re.DOTALL
+)
+_OURS = re.compile(r"// recompile::(\w+), spec (\w+)\n")
+_TRITON = re.compile(
+    r"^((lookup|attention)\w*) = async_compile\.triton\(.*?'''\n(.*?)'''", re.MULTILINE | re.DOTALL
+)
+
+
+def kernels(program: str) -> Iterator[Kernel]:
+    """The kernels of our region operators in a program."""
+    for name, source in _CPP.findall(program):
+        if found := _OURS.match(source):
+            yield Kernel(name, found[1], found[2], "cpp", source[found.end() :])
+    for name, op, source in _TRITON.findall(program):
+        yield Kernel(name, op + "_backward" * ("backward" in name), "", "py", source)
+
+
+def is_backward(program: str) -> bool:
+    """Whether a program computes gradients: AOTAutograd calls its inputs so."""
+    return bool(re.search(r"^    .*\btangents_1\b.* = args$", program, re.MULTILINE))
 
 
 def launches(source: str) -> int:

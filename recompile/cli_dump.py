@@ -1,0 +1,71 @@
+"""The commands that read a dump: `recompile show`, `diff` and `repro`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """The commands that read a dump."""
+    show = _dump(commands.add_parser("show", help="a dump's graphs, stages and regions"))
+    show.add_argument("--json", action="store_true", help="machine-readable output")
+    show.set_defaults(run=_show)
+    diff = _dump(commands.add_parser("diff", help="what each pass changed, as text"))
+    diff.add_argument("--pass", dest="name", help="this pass alone: fuse-lookups")
+    diff.set_defaults(run=_diff)
+    repro = _dump(commands.add_parser("repro", help="a script that runs one region, fused and unfused"))
+    repro.add_argument("region", help="a region's node, such as lookup_default, or region-0")
+    repro.add_argument("--output", type=Path, help="where to write it; default: repro_REGION.py")
+    repro.set_defaults(run=_repro)
+
+
+def _dump(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("folder", type=Path, help="the folder of a dump")
+    command.add_argument("--graph", type=int, help="the number of a graph; default: the one with most nodes")
+    return command
+
+
+def _show(args: argparse.Namespace) -> int:
+    from .dump_read import read
+    from .show import show, summary
+
+    dump = read(args.folder)
+    if args.json:
+        graphs = summary(dump)
+        print(json.dumps(graphs if args.graph is None else graphs[dump.chosen(args.graph)], indent=2))
+    else:
+        _console().print(show(dump, args.graph))
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from .dump_read import read
+    from .show import coloured, diffs
+
+    console = _console()
+    for _, lines in diffs(read(args.folder), args.name, args.graph):
+        for line in coloured(lines):
+            console.print(line, soft_wrap=True)
+    return 0
+
+
+def _console() -> Any:
+    """The terminal; 130 characters wide where there is none."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=130)
+
+
+def _repro(args: argparse.Namespace) -> int:
+    from .dump_read import read
+    from .repro_script import script
+
+    text = script(read(args.folder), args.region, args.graph)
+    output = args.output or Path(f"repro_{args.region}.py")
+    output.write_text(text, encoding="utf-8")
+    print(f"python {output}")
+    return 0

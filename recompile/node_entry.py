@@ -1,0 +1,132 @@
+"""One node of a graph, and one of its inputs, as a dump writes them: plain text and numbers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.utils._dtype_abbrs import dtype_abbrs
+
+from .report import user_line
+from .torch_private.symbols import SYM
+
+UNKNOWN_SIZE = 64  # stands for a size that depends on data, of which no example is known
+
+
+def entry(node: fx.Node) -> dict[str, Any]:
+    """What `graph.json` says about a node; see docs/dump.md for the fields."""
+    return {
+        "name": node.name,
+        "op": node.op,
+        "target": target_name(node),
+        "inputs": [other.name for other in node.all_input_nodes],
+        "text": call_text(node),
+        "value": value_text(value_of(node)),
+        "line": user_line(node),
+        "module": module_path(node),
+        "rule": node.meta.get("recompile_rule", ""),
+        "kernel": "",
+    }
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake tensor, size, or tuple of those that a node computes, None if unknown."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def target_name(node: fx.Node) -> str:
+    """`aten.mm.default`, `operator.getitem`, the name of an attribute or method, or where an input comes from."""
+    target: Any = node.target
+    if node.op == "placeholder":
+        source = getattr(node, "_dynamo_source", None)
+        return str(target) if source is None else source_name(str(source.name))
+    if isinstance(target, str | OpOverload | HigherOrderOperator):
+        return str(target)
+    module = str(getattr(target, "__module__", None) or "").removeprefix(
+        "_"
+    )  # operator's C module is _operator
+    return f"{module}.{getattr(target, '__name__', target)}".removeprefix(".")
+
+
+def source_name(guarded: str) -> str:
+    """A place as the user writes it: `L['self']._modules['top']._parameters['weight']` is `self.top.weight`."""
+    inside = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", guarded)
+    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", inside)
+
+
+def call_text(node: fx.Node) -> str:
+    """The call as one line: `aten.mm.default(x_1, w)`."""
+    given = [argument_text(arg) for arg in node.args]
+    given += [f"{key}={argument_text(value)}" for key, value in node.kwargs.items()]
+    name = target_name(node)
+    if node.op == "output":
+        return f"return {given[0]}"
+    if node.op in ("placeholder", "get_attr"):
+        return f"self.{name}" if node.op == "get_attr" else name
+    if node.op == "call_method":
+        return f"{given[0]}.{name}({', '.join(given[1:])})"
+    return f"{'self.' if node.op == 'call_module' else ''}{name}({', '.join(given)})"
+
+
+def argument_text(value: Any) -> str:
+    """An argument as Python text, nodes by name."""
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {argument_text(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        inside = ", ".join(map(argument_text, value))
+        if isinstance(value, list):
+            return f"[{inside}]"
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return repr(value)
+
+
+def value_text(value: Any) -> str:
+    """`f32[64, 16]`, several in parentheses, the expression of a size, or ""."""
+    if isinstance(value, torch.Tensor):
+        return f"{dtype_abbrs[value.dtype]}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(value_text, value))})"
+    return str(value) if isinstance(value, (*SYM, int, float)) else ""
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost submodule that called the operator, such as `tower.layers.0`, or ""."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return source_name(str(list(stack.values())[-1][0])).removeprefix("self").removeprefix(".")
+
+
+def input_entry(node: fx.Node) -> dict[str, Any]:
+    """What `inputs.json` says about an input: symbolic sizes and strides are text, such as "s77"."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return {"name": node.name, "dtype": type(value).__name__, "shape": [], "stride": [], "device": ""}
+    return {"name": node.name, **_layout(value, lambda n: n if isinstance(n, int) else str(n))}
+
+
+def example(value: Any) -> Any:
+    """An argument of a region as JSON: tensors by layout, with an example for each symbolic size."""
+    if isinstance(value, fx.Node):
+        value = {"name": value.name, **_layout(value_of(value), _hint)}
+    return [example(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+
+def _layout(tensor: torch.Tensor, number: Any) -> dict[str, Any]:
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": [number(n) for n in tensor.shape],
+        "stride": [number(n) for n in tensor.stride()],
+        "device": str(tensor.device),
+    }
+
+
+def _hint(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    return UNKNOWN_SIZE if size.node.hint is None else int(size.node.hint)
