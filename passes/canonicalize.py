@@ -62,6 +62,7 @@ def _respell(node: fx.Node, effects: Effects, ctx: Context) -> list[fx.Node]:
             new = spelling(node, given, builder)
             if new is None:
                 continue
+            ctx.begin(_name(spelling), node)
             replace((node,), new, builder)
         except Refuse as refusal:
             builder.discard()

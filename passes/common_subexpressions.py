@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
-from recompile.rewrite import Context, Effects, Pass, arguments, is_pure, register
+from recompile.rewrite import Context, Effects, Pass, Refuse, arguments, is_pure, register
 
 
 @register
@@ -41,12 +41,17 @@ class CommonSubexpressions(Pass):
             ctx.tried(self.name())
             if effects.between(first, node) is not None:
                 known[key] = node
-            elif why := effects.why_not_alias(node, first):
-                ctx.refuse(self.name(), why, node)
-            else:
-                node.replace_all_uses_with(first)
-                graph.erase_node(node)
-                ctx.fired(self.name())
+                continue
+            try:
+                if why := effects.why_not_alias(node, first):
+                    raise Refuse(why, node)
+                ctx.begin(self.name(), node)
+            except Refuse as refusal:
+                ctx.refuse(self.name(), refusal.why, node)
+                continue
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            ctx.fired(self.name())
 
 
 def _key(node: fx.Node) -> Any:

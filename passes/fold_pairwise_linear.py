@@ -61,6 +61,7 @@ class FoldPairwiseLinear(Pass):
                 found = read(layer.x, builder)
                 if found is not None:
                     ctx.tried(self.name())
+                    ctx.begin(self.name(), node)
                     replace((node,), self._fold(layer, found, builder), builder)
                     ctx.fired(self.name())
             except Refuse as refusal:

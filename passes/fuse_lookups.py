@@ -51,6 +51,11 @@ class FuseLookups(Pass):
             if len(members) < self.min_tables and all(_is_one_id(f) for f in members):
                 ctx.refuse(self.name(), f"fewer than {self.min_tables} lookups to fuse", members[0].value)
                 continue
+            try:
+                ctx.begin(self.name(), members[0].value)
+            except Refuse as refusal:
+                ctx.refuse(self.name(), refusal.why, refusal.at)
+                continue
             group = Group(members, effects, depth)
             group.grow()
             _rewrite(graph, group)

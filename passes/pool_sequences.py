@@ -54,6 +54,7 @@ class PoolSequences(Pass):
             ctx.tried(self.name())
             builder = Builder(effects, pooled.root, self.name())
             try:
+                ctx.begin(self.name(), pooled.root)
                 _rewrite(pooled, builder)
             except Refuse as refusal:
                 ctx.refuse(self.name(), refusal.why, refusal.at or node)

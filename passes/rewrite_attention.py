@@ -75,6 +75,7 @@ class RewriteAttention(Pass):
         for second in candidates:
             ctx.tried(self.name())
             try:
+                ctx.begin(self.name(), second.found.node)
                 _rewrite(second, Effects(graph), self.name(), regions, bool(as_eager))
                 ctx.fired(self.name())
             except Refuse as refusal:

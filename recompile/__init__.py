@@ -4,6 +4,7 @@
 at what happened and for writing passes.
 """
 
+from .bisect import bisect
 from .dump import dump
 from .errors import RecompileError
 from .explain import explain
@@ -21,6 +22,7 @@ __all__ = [
     "Report",
     "Rule",
     "any_of",
+    "bisect",
     "dump",
     "each",
     "explain",

@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     explain = _target(commands.add_parser("explain", help="what was rewritten, what was not, and why"))
     explain.set_defaults(run=_explain)
     cli_dump.add(commands)
+    bisect = commands.add_parser("bisect", help="the first rewrite that changes the numbers")
+    bisect.add_argument("target", help="package.module:function, which returns (model, example_inputs)")
+    bisect.add_argument("--train", action="store_true", help="compare gradients, too")
+    bisect.add_argument("--tolerance", type=float, default=1e-4, help="of the largest magnitude in a tensor")
+    bisect.set_defaults(run=_bisect)
     bench = _target(commands.add_parser("bench", help="a model against other backends"))
     bench.add_argument("--against", type=_words, default=("eager", "inductor"), help="inductor,eager")
     bench.add_argument("--batch", type=_numbers, default=(), help="batch sizes; default: the inputs as given")
@@ -121,6 +126,15 @@ def _explain(args: argparse.Namespace) -> int:
             report = explain(model, *inputs)
     print(report.to_json() if args.json else report.text())
     return 0
+
+
+def _bisect(args: argparse.Namespace) -> int:
+    from .bisect import bisect
+
+    model, inputs = load(args.target)()
+    found = bisect(model, *inputs, train=args.train, tolerance=args.tolerance)
+    print(found)
+    return int(found.rewrite is not None)
 
 
 def _bench(args: argparse.Namespace) -> int:

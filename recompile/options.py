@@ -24,6 +24,11 @@ class Options:
         "Which passes run, such as `default,fuse-lookups{min-tables=8},-pool-sequences,my-pass`. "
         "The environment variable `RECOMPILE_PASSES` sets the default.",
     )
+    rewrite_limit: int = _option(
+        -1,
+        "Stop after so many rewrites in this process (see `recompile bisect`); -1: never. "
+        "The environment variable `RECOMPILE_REWRITE_LIMIT` sets the default.",
+    )
     verify: str = _option(
         "shapes", "What is checked after every pass that changed the graph.", ("none", "shapes", "numerics")
     )
@@ -49,10 +54,7 @@ class Options:
             OptionError: an unknown key, a value of the wrong type, or one that is not allowed.
         """
         known = {f.name: f for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, variable in (("passes", "RECOMPILE_PASSES"), ("dump", "RECOMPILE_DUMP")):
-            if variable in os.environ:
-                values[key] = os.environ[variable]
+        values = _environment()
         for key, value in (given or {}).items():
             if key not in known:
                 raise unknown("option", key, known)
@@ -65,6 +67,28 @@ class Options:
         import torch._inductor.config  # it needs Dynamo, which takes a second to import
 
         return dict(self.inductor).get(name, getattr(torch._inductor.config, name))
+
+
+def _environment() -> dict[str, Any]:
+    """The options that environment variables set.
+
+    Raises:
+        OptionError: the limit is no number.
+    """
+    found: dict[str, Any] = {
+        key: os.environ[variable]
+        for key in ("passes", "dump", "rewrite_limit")
+        if (variable := f"RECOMPILE_{key.upper()}") in os.environ
+    }
+    if "rewrite_limit" in found:
+        try:
+            found["rewrite_limit"] = int(found["rewrite_limit"])
+        except ValueError as error:
+            got = found["rewrite_limit"]
+            raise OptionError(
+                "RECOMPILE_REWRITE_LIMIT is no number", expected="such as 12", got=got
+            ) from error
+    return found
 
 
 def _checked(option: Field[Any], value: object) -> object:

@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import capture as _capture
+from .expected import is_updating, update
 from .explain import compiling
 from .options import Options
 from .pipeline import run_passes
@@ -44,13 +45,16 @@ def assert_rewrites(
     Args:
         rule: a rule or pass, or its class.
         args: what the model is called with.
-        expect: the graph afterwards, as `text` writes it; indentation does not matter.
+        expect: the graph afterwards, as `text` writes it; indentation does not matter. With
+            RECOMPILE_UPDATE_EXPECTED=1 in the environment it is written into the test instead: start with `expect=""`.
     """
     seen = _see(model, args)
     record, each = _apply(rule, seen)
     refused = "".join(f"\n  {refusal.why} [{refusal.node}]" for refusal in _refusals(record))
     assert _fired(record), f"{each.name()} did not fire{refused}\n{text(seen.gm)}"
-    if expect is not None:
+    if expect is not None and is_updating() and _lines(text(seen.gm)) != _lines(expect):
+        update(expect, text(seen.gm))
+    elif expect is not None:
         assert _lines(text(seen.gm)) == _lines(expect), f"the graph afterwards is\n{text(seen.gm)}"
     return seen.gm
 

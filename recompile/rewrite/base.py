@@ -10,6 +10,7 @@ from torch import fx
 
 from recompile.options import Options
 from recompile.report import Refusal, RuleRecord, user_line
+from recompile.rewrite.limit import Rewrite, made
 
 
 class Refuse(Exception):
@@ -31,6 +32,7 @@ class Context:
 
     options: Options = field(default_factory=Options)
     rules: dict[str, RuleRecord] = field(default_factory=dict)
+    _rewrite: Rewrite | None = None
 
     def rule(self, name: str) -> RuleRecord:
         """The record of a rule, made on first use (so that a rule that never fires is still listed)."""
@@ -40,9 +42,23 @@ class Context:
         """Counts `n` candidates that the rule looked at."""
         self.rule(name).tried += n
 
+    def begin(self, name: str, at: fx.Node) -> None:
+        """Announces a rewrite that starts from the node `at`, before anything is changed; `fired` completes it.
+
+        Raises:
+            Refuse: as many rewrites were made as the option `rewrite_limit` allows.
+        """
+        limit = self.options.rewrite_limit
+        if 0 <= limit <= len(made):
+            raise Refuse(f"{limit} rewrites were made, as many as rewrite_limit allows", at)
+        self._rewrite = Rewrite.at(name, at) if limit >= 0 else None
+
     def fired(self, name: str, n: int = 1) -> None:
-        """Counts `n` rewrites."""
+        """Counts `n` candidates as rewritten, by one rewrite."""
         self.rule(name).fired += n
+        if self._rewrite is not None:
+            made.append(self._rewrite)
+            self._rewrite = None
 
     def refuse(self, name: str, why: str, at: fx.Node | None = None) -> None:
         """Records why the rule left a candidate alone."""

@@ -122,6 +122,7 @@ class Rule(Pass):
             builder = Builder(matcher.effects, place(found, matcher.effects), self.name(), root)
             match = Match(found, builder)
             self.check(match)
+            ctx.begin(self.name(), root)
             replace(found.roots, self.rewrite(match), builder)
         except Refuse as refusal:
             if builder is not None:
