@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir
+from torch._inductor import config, ir
 from torch._inductor.codegen.common import KernelArgs
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP, cexpr_index
 from torch._inductor.lowering import empty_strided
@@ -111,13 +111,22 @@ class CppRegion(ir.ExternKernel):
         definitions, call_args, types = args.cpp_argdefs()
         name = f"cpp_{self.title}_{wrapper.next_kernel_suffix()}"
         signature = f'extern "C" void {name if V.graph.cpp_wrapper else "kernel"}({", ".join(definitions)})'
-        entry = f"RECOMPILE_ENTRY\n{signature} {{{body}\n}}\n"
-        first = f"// recompile::{self.title}, spec {digest(self.spec)}\n"
+        include, guard = _profiled(f"recompile::{self.title} graph_{V.graph.graph_id} {name}")
+        entry = f"RECOMPILE_ENTRY\n{signature} {{{guard}{body}\n}}\n"
+        first = f"// recompile::{self.title}, spec {digest(self.spec)}\n{include}"
         source = f"{first}{_HEADER}\nnamespace {{\n{functions}\n}}  // namespace\n\n{entry}"
         if not V.graph.cpp_wrapper:
             source = f"async_compile.cpp_pybinding({types!r}, r'''\n{source}''')"
         wrapper.define_kernel(name, source, gpu=False, cpp_definition=f"{signature};\n")
         wrapper.generate_kernel_call(name, call_args, device=self.device, triton=False, arg_types=types)
+
+
+def _profiled(name: str) -> tuple[str, str]:
+    """(include, statement) that show a kernel to the profiler by this name, under `cpp.enable_kernel_profile`."""
+    if not config.cpp.enable_kernel_profile:
+        return "", ""
+    handle = f'torch::aot_inductor::RAIIAtenRecordFunctionHandle record("{name}", nullptr);'
+    return "#include <torch/csrc/inductor/aoti_runtime/utils.h>\n", f"\n  {handle}"
 
 
 def _operand(node: Any, args: KernelArgs, output: bool) -> Operand:

@@ -66,7 +66,8 @@ class Region:
         self.product_axes: Axes = ()
         self.softmax: sympy.Basic | None = None  # the score under it
         self.safe = False  # a row without keys is 0 in it
-        self.loads: dict[str, tuple[fx.Node, Axes]] = {}  # a dropout stands for its seeds
+        # Of a dropout its seeds, of a number that is not known a tensor of it.
+        self.loads: dict[str, tuple[fx.Node, Axes]] = {}
         self.covered: dict[fx.Node, None] = {}
         self._known: dict[tuple[fx.Node, Axes], sympy.Basic] = {}
 
@@ -325,9 +326,13 @@ class Region:
 
     def _operand(self, x: fx.Node, axes: Axes) -> sympy.Basic:
         value = x.meta.get("val")
-        if not isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
+            return self.element(x, aligned(x, axes))
+        try:
             return self.size(value)
-        return self.element(x, aligned(x, axes))
+        except Refuse:  # it is loaded
+            letter = "x" if isinstance(value, torch.SymFloat) else "n"
+            return scalar.symbol(self._name(letter, x, ()))
 
     def _load(self, node: fx.Node, axes: Axes) -> sympy.Basic:
         value = node.meta["val"]

@@ -246,7 +246,7 @@ class _Attempt:
     def _divided(self, out: fx.Node, build: Builder) -> fx.Node:
         atoms, dtype = [*self.second.batch, "i", "1"], out.meta["val"].dtype
         for node, axes in self.divisors:
-            by = arrange(node, axes, atoms, self.second.sizes, build)
+            by = self._loaded(node, axes, atoms, self.second.sizes, build)
             out = build.call(aten.div.Tensor, out, by)
         return out if out.meta["val"].dtype is dtype else build.call(aten.to.dtype, out, dtype)
 
@@ -256,14 +256,24 @@ class _Attempt:
         return arrange(node, axes, atoms, self.second.sizes, build)
 
     def _extra(self, name: str, node: fx.Node, axes: Axes, build: Builder) -> fx.Node:
-        sizes = self.second.sizes
-        if node.target is aten.dropout.default:
-            shape_of_seeds = [sizes[atom] if (atom,) in axes else 1 for atom in self.second.batch]
-            device = node.meta["val"].device
-            return build.call(aten.randint.low, 0, 2**31, [*shape_of_seeds, 1, 1], device=device)
         atoms = [*self.second.batch, *("t" if name[0] == "T" else "ij")]
+        sizes = self.second.sizes
         if name[0] == "T":
             sizes = {**sizes, "t": shape(node)[0]}
+        return self._loaded(node, axes, atoms, sizes, build)
+
+    def _loaded(
+        self, node: fx.Node, axes: Axes, atoms: list[str], sizes: dict[str, Any], build: Builder
+    ) -> fx.Node:
+        value, device = node.meta["val"], self.root.meta["val"].device
+        if node.target is aten.dropout.default:
+            seeds = [sizes[atom] if (atom,) in axes else 1 for atom in atoms]
+            return build.call(aten.randint.low, 0, 2**31, seeds, device=device)
+        if isinstance(value, SYM):
+            # A product: Inductor makes a tensor of a float in it, and a new graph for each float elsewhere.
+            dtype = torch.float32 if isinstance(value, torch.SymFloat) else torch.int64
+            one = build.call(aten.full.default, [1] * len(atoms), 1, dtype=dtype, device=device)
+            return build.call(aten.mul.Tensor, one, node)
         return arrange(node, axes, atoms, sizes, build)
 
     def _spec(self, atoms: list[str], axes: Axes) -> tuple[Attention, dict[str, tuple[fx.Node, Axes]]]:

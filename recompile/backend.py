@@ -15,12 +15,14 @@ from torch._dynamo.exc import RestartAnalysis
 from torch._inductor.compile_fx import compile_fx
 
 from .capture import capture
+from .cost import is_region
 from .dumping import dumping
 from .errors import CaptureError, IndexOutOfRange, StrictError, unknown
 from .options import Options
 from .pipeline import ordered, parse_passes, run_passes
 from .recording import Recording
-from .report import GraphRecord, Refusal, RegionRecord, forget, new_graph, user_line
+from .regions import region_record
+from .report import GraphRecord, Refusal, forget, new_graph
 from .rewrite import Pass
 
 log = logging.getLogger("recompile")
@@ -74,7 +76,7 @@ def recompile(
 def _with_ours(patches: dict[str, Any], gm: fx.GraphModule) -> dict[str, Any]:
     """Inductor's settings for a graph; the user's win over ours."""
     ours: dict[str, Any] = {}
-    if any(_is_region(node) for node in gm.graph.nodes):
+    if any(is_region(node) for node in gm.graph.nodes):
         # Dynamo's guards have checked the inputs' sizes and strides. Inductor checks each again: 27 of the 65 us
         # that 26 one-id bags take at batch 1 (2.6 GHz Xeon).
         ours["size_asserts"] = False
@@ -108,9 +110,9 @@ def _optimize(
         record.capture_ms = captured.ms
         if recording is not None:
             recording.begin(captured.gm, captured.ms)
-        run_passes(captured.gm, options, record, example_inputs, passes, recording)
-        regions = [node for node in captured.gm.graph.nodes if _is_region(node)]
-        record.regions = [_region(node) for node in regions]
+        ledger = run_passes(captured.gm, options, record, example_inputs, passes, recording)
+        regions = [node for node in captured.gm.graph.nodes if is_region(node)]
+        record.regions = [region_record(node, ledger) for node in regions]
         if recording is not None:
             recording.end(captured.gm, regions)
     except StrictError:
@@ -130,13 +132,15 @@ def _optimize(
 
 
 def _give_up(record: GraphRecord, error: Exception, strict: bool) -> None:
-    """Records a fault of ours: our graph, or what Inductor made of it, did not compile."""
+    """Records a fault of ours, or of a user's region: our graph, or what Inductor made of it, did not compile."""
+    from .lowering import fault
+
     log.debug("%s", "".join(traceback.format_exception(error)))
-    record.fallback, record.nodes_after, record.regions = (
-        Refusal(f"of an internal error, {type(error).__name__}: {error}"),
-        record.nodes_before,
-        [],
+    own = fault(error)
+    why = (
+        "; ".join(str(own).split("\n  ")) if own else f"of an internal error, {type(error).__name__}: {error}"
     )
+    record.fallback, record.nodes_after, record.regions = Refusal(why), record.nodes_before, []
     _fall_back(record.fallback, strict)
 
 
@@ -152,18 +156,6 @@ def _fall_back(reason: Refusal, strict: bool) -> None:
         _warned.add(reason.why)
         where = f" ({reason.line})" if reason.line else ""
         warnings.warn(f"recompile: plain Inductor compiles a graph: {reason.why}{where}", stacklevel=2)
-
-
-def _is_region(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "recompile"
-
-
-def _region(node: fx.Node) -> RegionRecord:
-    from .lowering import describe
-
-    lines = sorted({user_line(n) for n in (node, *node.users) if user_line(n)})
-    tables = len(node.args[0]) if isinstance(node.args[0], (list, tuple)) else 0
-    return RegionRecord(node.name, str(node.target), tables, describe(node), lines)
 
 
 def _naming_bad_ids(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     zoo.add_argument("--jobs", type=int, default=2, help="models checked at a time")
     zoo.set_defaults(run=_zoo)
     explain = _target(commands.add_parser("explain", help="what was rewritten, what was not, and why"))
+    explain.add_argument("--profile", action="store_true", help="measure each region's kernel")
     explain.set_defaults(run=_explain)
     cli_dump.add(commands)
     bisect = commands.add_parser("bisect", help="the first rewrite that changes the numbers")
@@ -123,7 +124,7 @@ def _explain(args: argparse.Namespace) -> int:
     else:
         model, inputs = load(args.target)()
         with torch.no_grad():
-            report = explain(model, *inputs)
+            report = explain(model, *inputs, profile=args.profile)
     print(report.to_json() if args.json else report.text())
     return 0
 

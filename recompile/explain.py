@@ -17,6 +17,7 @@ def explain(
     *args: Any,
     options: Mapping[str, object] | None = None,
     train: bool = False,
+    profile: bool = False,
     **kwargs: Any,
 ) -> Report:
     """Compiles `model` for these inputs, runs it once, and returns the report of just its graphs.
@@ -26,10 +27,25 @@ def explain(
         args, kwargs: what it is called with.
         options: as for `torch.compile(backend="recompile", options=...)`.
         train: compile for training, with autograd; otherwise for inference, under `torch.no_grad()`.
+        profile: run it some more times, and measure each region's forward kernel (on CPUs).
     """
-    with compiling(options) as (report, backend), torch.set_grad_enabled(train):
-        torch.compile(model, backend=backend)(*args, **kwargs)
+    from .torch_private.generated_code import programs  # it needs Dynamo
+
+    options = _profiled(options or {}) if profile else options
+    with compiling(options) as (report, backend), programs() as found, torch.set_grad_enabled(train):
+        compiled = torch.compile(model, backend=backend)
+        compiled(*args, **kwargs)
+    if profile:
+        from .profile import measure
+
+        with torch.set_grad_enabled(train):
+            measure(report, found, lambda: compiled(*args, **kwargs))
     return report
+
+
+def _profiled(options: Mapping[str, object]) -> dict[str, object]:
+    inductor: Any = options.get("inductor", {})
+    return {**options, "inductor": {**inductor, "cpp.enable_kernel_profile": True}}
 
 
 @contextmanager

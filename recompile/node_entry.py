@@ -9,9 +9,12 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._dtype_abbrs import dtype_abbrs
+from torch.utils._pytree import tree_leaves
 
+from .cost import cost
 from .report import user_line
 from .torch_private.symbols import SYM
+from .torch_private.symbols import example as example_size
 
 UNKNOWN_SIZE = 64  # stands for a size that depends on data, of which no example is known
 
@@ -29,7 +32,14 @@ def entry(node: fx.Node) -> dict[str, Any]:
         "module": module_path(node),
         "rule": node.meta.get("recompile_rule", ""),
         "kernel": "",
+        "bytes": _bytes(node),
     }
+
+
+def _bytes(node: fx.Node) -> int:
+    """What the node moves if it runs by itself, for the sizes of the example inputs (see `cost.py`)."""
+    like = next((leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)), None)
+    return 0 if like is None else example_size(cost(node).bytes, like)
 
 
 def value_of(node: fx.Node) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from .errors import StrictError
+from .ledger import Ledger
 from .numerics import LEVELS, Numerics
 from .options import Options
 from .pass_list import ordered, parse_passes
@@ -31,8 +32,8 @@ def run_passes(
     example_inputs: Sequence[Any] = (),
     passes: Iterable[Pass] | None = None,
     recording: Recording | None = None,
-) -> None:
-    """Runs the passes over `gm.graph`, in place, and records each in `record.passes`.
+) -> Ledger:
+    """Runs the passes over `gm.graph`, in place, and records each in `record.passes`; the costs of what they replaced.
 
     A pass that raises, or that breaks the graph, is undone and recorded; the others still run.
 
@@ -48,7 +49,7 @@ def run_passes(
     """
     chosen = ordered(parse_passes(options.passes) if passes is None else passes)
     numerics = Numerics(gm, example_inputs) if options.verify == "numerics" else None
-    snapshot = Snapshot(gm.graph)
+    snapshot, ledger = Snapshot(gm.graph), Ledger(gm.graph)
     for each in chosen:
         entry = PassRecord(each.name(), each.numerics, nodes_before=len(gm.graph.nodes))
         record.passes.append(entry)
@@ -57,11 +58,13 @@ def run_passes(
             entry.skipped = f"its numerics are {each.numerics}, and {options.numerics} was asked for"
         else:
             snapshot = _run(each, gm, options, entry, snapshot, numerics)
+            ledger.after(gm.graph)
         entry.nodes_after = len(gm.graph.nodes)
         entry.ms = (time.perf_counter() - start) * 1e3
         if recording is not None and not entry.skipped:
             recording.after(gm, entry)
     gm.recompile()
+    return ledger
 
 
 def _run(

@@ -60,15 +60,44 @@ class PassRecord:
     skipped: str = ""
 
 
+@dataclass(frozen=True)
+class CostRecord:
+    """Bytes moved and operations, as expressions in the dynamic sizes, and as numbers for the example inputs."""
+
+    bytes: str
+    flops: str
+    example_bytes: int
+    example_flops: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The median time of a region's kernel, the bound that it sits under ("memory", "compute" or "launch"), and how
+    much of it is reached: 1 is as fast as a large copy, or a large product, on this machine."""
+
+    ms: float
+    bound: str
+    reached: float
+
+
 @dataclass
 class RegionRecord:
-    """A region operator in the final graph, and the user's lines that it computes."""
+    """A region operator in the final graph, and the user's lines that it computes.
+
+    `spec` is the operator's, as text (see `recompile/lowering/*/spec.py`).
+    `before` is what the nodes cost that it replaced, each by itself (see `cost.py`), `after` what it costs. `measured`
+    is there after `explain(profile=True)`.
+    """
 
     name: str
     op: str
     tables: int = 0
     summary: str = ""
     lines: list[str] = field(default_factory=list)
+    spec: str = ""
+    before: CostRecord | None = None
+    after: CostRecord | None = None
+    measured: Measured | None = None
 
 
 @dataclass
@@ -125,9 +154,16 @@ class Report:
 
 def _graph_record(found: dict[str, Any]) -> GraphRecord:
     fallback = found["fallback"] and Refusal(**found["fallback"])
-    regions = [RegionRecord(**region) for region in found["regions"]]
+    regions = list(map(_region_record, found["regions"]))
     passes = [PassRecord(**{**p, "rules": list(map(_rule_record, p["rules"]))}) for p in found["passes"]]
     return GraphRecord(**{**found, "fallback": fallback, "regions": regions, "passes": passes})
+
+
+def _region_record(found: dict[str, Any]) -> RegionRecord:
+    parts = {"before": CostRecord, "after": CostRecord, "measured": Measured}
+    return RegionRecord(
+        **{**found, **{key: found[key] and kind(**found[key]) for key, kind in parts.items()}}
+    )
 
 
 def _rule_record(found: dict[str, Any]) -> RuleRecord:

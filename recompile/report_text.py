@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .report import GraphRecord, PassRecord, Refusal, Report
+from .report import GraphRecord, PassRecord, Refusal, RegionRecord, Report
 
 
 def plain(report: Report, width: int) -> str:
@@ -42,10 +42,35 @@ def _graph(graph: GraphRecord) -> Iterator[RenderableType]:
         yield _passes(graph.passes)
     for region in graph.regions:
         yield Text(f"  {region.name}: {region.summary}", style="green")
+        yield from (Text(f"      {line}", style="cyan") for line in _costs(region))
         yield from (Text(f"      {line}") for line in _folded(region.lines))
     lines = [*_idle(graph.passes), *(line for record in graph.passes for line in _not_done(record))]
     yield from (Padding(Text(line), (0, 0, 0, 2)) for line in lines)
     yield Text("")
+
+
+def _costs(region: RegionRecord) -> Iterator[str]:
+    """What a region costs beside what it replaced, and how long it took."""
+    before, after, measured = region.before, region.after, region.measured
+    if before and after:
+        moved = f"{_amount(before.example_bytes)}B -> {_amount(after.example_bytes)}B moved"
+        yield f"{moved}, {_amount(before.example_flops)}FLOP -> {_amount(after.example_flops)}FLOP"
+        if not after.bytes.isdigit():
+            yield f"bytes {before.bytes} -> {after.bytes}"
+            yield f"FLOP {before.flops} -> {after.flops}"
+    if measured:
+        reached = (
+            "" if measured.bound == "launch" else f", {measured.reached:.0%} of what the machine reaches"
+        )
+        yield f"{measured.ms:.3f} ms, bound by {measured.bound}{reached}"
+
+
+def _amount(number: int) -> str:
+    """`1.68 M`, with a decimal prefix."""
+    for prefix, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number} "
 
 
 def _passes(records: list[PassRecord]) -> Table:

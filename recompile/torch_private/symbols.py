@@ -1,7 +1,7 @@
 """Sizes as sympy expressions, and expressions as nodes.
 
 Tried with torch 2.13: `SymInt.node.expr`, `torch.utils._sympy.interp.sympy_interp`,
-`torch.utils._sympy.reference.PythonReferenceAnalysis`.
+`torch.utils._sympy.reference.PythonReferenceAnalysis`, `ShapeEnv.optimization_hint`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,20 @@ def constant(value: Any) -> int | float | bool | None:
     expr = expression(value)
     known = not expr.free_symbols
     return _PYTHON[type(value)](expr) if known else None
+
+
+def example(expr: Any, like: Any) -> int:
+    """The value of `expr` (an int, or an expression in sizes) for the sizes that were compiled first.
+
+    Args:
+        like: a fake tensor of the same compilation.
+    """
+    if isinstance(expr, int) or not expr.free_symbols:
+        return int(expr)
+    sizes = like.fake_mode.shape_env
+    if hasattr(sizes, "optimization_hint"):
+        return int(sizes.optimization_hint(expr, fallback=0))
+    return int(sizes.size_hint(expr, allow_none=True) or 0)  # torch 2.11
 
 
 def compute(graph: fx.Graph, expr: sympy.Basic, symbols: dict[sympy.Symbol, fx.Node]) -> fx.Node:

@@ -1,0 +1,88 @@
+"""What the nodes cost that each region stands for: one graph's costs, followed through its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import networkx as nx
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from .cost import Cost, cost, is_region
+
+
+class Ledger:
+    """Follows one graph through its passes: what the nodes cost that each new node stands for."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._held = _arguments(graph)
+        self._replaced: dict[fx.Node, Cost] = {}
+
+    def after(self, graph: fx.Graph) -> None:
+        """Takes down what a pass has replaced by what."""
+        before, now = self._held, _arguments(graph)
+        self._held = now
+        links = nx.Graph()
+        links.add_nodes_from(node for node in before if node not in now)
+        links.add_nodes_from(node for node in now if node not in before)
+        for nodes, others in ((before, now), (now, before)):
+            links.add_edges_from(
+                (node, read)
+                for node in nodes
+                if node not in others
+                for read in _reads(nodes[node])
+                if read not in others
+            )
+        for node, given in now.items():
+            if node in before and given[0] is not before[node][0]:
+                links.add_edges_from(_handed_over(before, now, node))
+        for group in nx.connected_components(links):
+            self._account(group, before)
+
+    def before(self, node: fx.Node) -> Cost:
+        """The cost of all that `node` stands for; of itself if it was there from the start."""
+        return self._replaced.get(node) or cost(node)
+
+    def _account(self, group: Iterable[fx.Node], before: dict[fx.Node, Any]) -> None:
+        new = [node for node in group if node not in before]
+        gone = [node for node in group if node in before]
+        heirs = [node for node in new if is_region(node)] or new
+        if not heirs or not gone:
+            return
+        total = Cost()
+        for node in gone:
+            total += self._replaced.get(node) or cost(node, *before[node])
+        # Nodes that are no regions are replaced together later: the first of them stands for all.
+        shares = len(heirs) if is_region(heirs[0]) else 1
+        for node in heirs:
+            self._replaced[node] = Cost(_share(total.bytes, shares), _share(total.flops, shares))
+            total = total if shares > 1 else Cost()
+
+
+def _arguments(graph: fx.Graph) -> dict[fx.Node, tuple[Any, Any]]:
+    return {node: (node.args, node.kwargs) for node in graph.nodes}
+
+
+def _reads(given: Any) -> Iterator[fx.Node]:
+    return (leaf for leaf in tree_leaves(given) if isinstance(leaf, fx.Node))
+
+
+def _handed_over(before: Any, now: Any, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(old, new) for each argument of a node that a pass has exchanged."""
+    old, new = tree_leaves(before[node]), tree_leaves(now[node])
+    if len(old) != len(new):
+        return
+    for a, b in zip(old, new, strict=True):
+        if (
+            a is not b
+            and isinstance(a, fx.Node)
+            and isinstance(b, fx.Node)
+            and a not in now
+            and b not in before
+        ):
+            yield a, b
+
+
+def _share(amount: Any, parts: int) -> Any:
+    return amount // parts if isinstance(amount, int) else amount / parts

@@ -1,0 +1,101 @@
+"""What nodes and regions cost, in bytes and operations, as numbers and as expressions."""
+
+import pytest
+import sympy
+import torch
+from torch import nn
+
+import recompile
+from recompile.cost import Cost, cost
+from recompile.report import CostRecord
+from recompile.testing import capture
+
+F4 = 4  # bytes of a float
+
+
+def costs(function, *inputs):
+    """The costs of the operators that are not free."""
+    found = {node.name: cost(node) for node in capture(function, *inputs).graph.nodes}
+    return {name: each for name, each in found.items() if each != Cost()}
+
+
+A, B = torch.randn(3, 5), torch.randn(5, 7)
+X = torch.randn(2, 3, 5)
+IDS, START = torch.tensor([1, 0, 1]), torch.tensor([0])
+CASES = {
+    "a product": (lambda: torch.mm(A, B), Cost(F4 * (15 + 35 + 21), 2 * 5 * 21)),
+    "a batched product": (lambda: X @ B, Cost(F4 * (30 + 35 + 42), 2 * 5 * 42)),
+    "a layer": (lambda: torch.nn.functional.linear(A, B.t(), B[0]), Cost(F4 * (15 + 35 + 7 + 21), 2 * 5 * 21)),
+    "pointwise": (lambda: A + A[0], Cost(F4 * (15 + 5 + 15), 15)),
+    "repeated in memory": (lambda: A[:1].expand(4, 5).exp(), Cost(F4 * (5 + 20), 20)),
+    "a lookup": (lambda: torch.nn.functional.embedding(IDS, A), Cost(8 * 3 + 2 * F4 * 15, 0)),
+    "a bag": (
+        lambda: torch.nn.functional.embedding_bag(IDS, A, START, mode="sum"),
+        Cost(8 * 3 + 8 + F4 * 15 + F4 * 5, 15),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_of_an_operator(name):
+    function, expected = CASES[name]
+    (found,) = costs(function).values()
+    assert found == expected
+
+
+def test_views_are_free():
+    assert costs(lambda a: a.view(15)[2:7].unsqueeze(0).expand(3, 5), A) == {}
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(50, 4) for _ in range(3))
+
+    def forward(self, ids):
+        return torch.cat([table(ids[:, k]) for k, table in enumerate(self.tables)], 1)
+
+
+def test_a_region_beside_what_it_replaced():
+    """Three lookups of 6 samples and a cat: rows are read, written, read and written again; fused once."""
+    with torch.no_grad():
+        report = recompile.explain(Tables(), torch.zeros(6, 3, dtype=torch.int64))
+    (region,) = report.graphs[0].regions
+    ids, rows = 3 * 6 * 8, 3 * 6 * 4 * F4
+    assert (region.before, region.after) == (
+        CostRecord(str(ids + 4 * rows), "72", ids + 4 * rows, 72),
+        CostRecord(str(ids + 2 * rows), "0", ids + 2 * rows, 0),
+    )
+    assert "1.3 kB -> 720 B moved" in report.text()
+
+
+def test_of_dynamic_sizes():
+    with torch.no_grad(), recompile.report.collect() as report:
+        torch.compile(Tables(), backend="recompile", dynamic=True)(torch.zeros(6, 3, dtype=torch.int64))
+    (region,) = report.graphs[0].regions
+    (batch,) = sympy.sympify(region.after.bytes).free_symbols
+    assert sympy.sympify(region.after.bytes) == 120 * batch and region.after.example_bytes == 720
+    assert sympy.sympify(region.before.bytes) == 216 * batch
+    assert f"bytes {region.before.bytes} -> {region.after.bytes}" in report.text()
+
+
+def test_attention_counts_its_pairs():
+    def attention(q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+    with torch.no_grad():
+        report = recompile.explain(attention, *torch.randn(3, 2, 10, 4))
+    (region,) = report.graphs[0].regions
+    moved, scores = 2 * 10 * 4 * F4, 2 * 10 * 10 * F4
+    assert region.after == CostRecord(str(4 * moved), str(2 * 200 * 8), 4 * moved, 2 * 200 * 8)
+    assert region.before.example_bytes == 4 * moved + 4 * scores
+    assert report.from_json(report.to_json()) == report
+
+
+def test_a_profile_measures_each_region():
+    with torch.no_grad():
+        report = recompile.explain(Tables(), torch.zeros(6, 3, dtype=torch.int64), profile=True)
+    measured = report.graphs[0].regions[0].measured
+    assert 0 < measured.ms < 100 and measured.bound in ("memory", "launch") and 0 < measured.reached <= 1.5
+    assert f"bound by {measured.bound}" in report.text()
+    assert report.from_json(report.to_json()) == report
