@@ -245,6 +245,24 @@ def test_the_library_s_attention_in_float32(name, dynamic):
     )
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_encoder_layer_in_training(batch_first):
+    """nn.TransformerEncoderLayer in float32, with padding and a sample without keys; dropout 0 makes it comparable."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(H * D, H, 32, dropout=0.0, batch_first=batch_first, norm_first=True)
+    x = torch.randn(3, N, H * D) if batch_first else torch.randn(N, 3, H * D)
+    padding = torch.arange(N) >= LENGTHS[:, None]
+    compiled = torch.compile(layer, backend="recompile", options={"strict": True})
+    with recompile.report.collect() as report:
+        actual, expected = (call(x, src_key_padding_mask=padding) for call in (compiled, layer))
+    assert [region.op for region in report.graphs[0].regions] == ["recompile.attention.default"]
+    torch.testing.assert_close(actual, expected)
+    grad, parameters = torch.randn_like(expected), list(layer.parameters())
+    found, wanted = (torch.autograd.grad(y, parameters, grad) for y in (actual, expected))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_the_library_s_dropout():
     q, k, v = (torch.randn(3, H, N, D, requires_grad=True) for _ in range(3))
 
