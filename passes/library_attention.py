@@ -95,7 +95,7 @@ def _lies(x: torch.Tensor, order: Sequence[int]) -> bool:
     for dim in reversed(order):
         if not (same(x.shape[dim], 1) or same(x.stride(dim), step)):
             return False
-        step = step * torch.sym_max(x.shape[dim], 1)  # as torch computes strides
+        step = step * torch.sym_max(x.shape[dim], 1)  # type: ignore[no-untyped-call]  # as torch does
     return True
 
 

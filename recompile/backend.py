@@ -22,8 +22,9 @@ from .options import Options
 from .pipeline import ordered, parse_passes, run_passes
 from .recording import Recording
 from .regions import region_record
-from .report import GraphRecord, Refusal, forget, new_graph
+from .report import GraphRecord, Refusal, Report, forget, new_graph
 from .rewrite import Pass
+from .torch_private.structured_trace import artifact
 
 log = logging.getLogger("recompile")
 _BAD_ID = "recompile: index out of range: "  # how a generated kernel starts this complaint
@@ -70,6 +71,8 @@ def recompile(
                 gm, example_inputs, config_patches=patches or None
             )  # raises if Inductor cannot either
             _give_up(record, error, strict=chosen.strict)
+    artifact("recompile_report", "string", lambda: Report(graphs=[record]).text())
+    artifact("recompile_report_json", "json", lambda: Report(graphs=[record]).to_json())
     return _naming_bad_ids(compiled)
 
 

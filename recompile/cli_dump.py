@@ -1,4 +1,4 @@
-"""The commands that read a dump: `recompile show`, `diff` and `repro`."""
+"""The commands that read a dump: `recompile show`, `diff`, `repro` and `export`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ def add(commands: Any) -> None:
     repro.add_argument("region", help="a region's node, such as lookup_default, or region-0")
     repro.add_argument("--output", type=Path, help="where to write it; default: repro_REGION.py")
     repro.set_defaults(run=_repro)
+    export = _dump(commands.add_parser("export", help="a graph for Graphviz or Model Explorer"))
+    export.add_argument("--format", choices=("dot", "model-explorer"), default="dot")
+    export.add_argument("--pass", dest="name", help="after this pass; default: the last one")
+    export.set_defaults(run=_export)
 
 
 def _dump(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -49,6 +53,14 @@ def _diff(args: argparse.Namespace) -> int:
     for _, lines in diffs(read(args.folder), args.name, args.graph):
         for line in coloured(lines):
             console.print(line, soft_wrap=True)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .dump_read import read
+    from .export import export
+
+    print(export(read(args.folder), args.format, args.graph, args.name), end="")
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .dump_read import Dump
+from .errors import RecompileError
 from .lowering import scalar
 from .lowering import score as score_language
 from .lowering.attention import Attention
@@ -27,13 +28,13 @@ def script(dump: Dump, name: str, graph: int | None = None) -> str:
     """The text of the script.
 
     Raises:
-        RecompileError: there is no such region, or several graphs have one.
+        RecompileError: there is no such region, or several graphs have one, or it is a user's own.
     """
     index, region = dump.region(name, graph)
     *given, spec = region["args"]
     record = next((r for r in dump.record(index).regions if r.name == region["name"]), RegionRecord("", ""))
     operator = region["op"].removesuffix(".default")
-    family = _attention if "attention" in operator else _lookup
+    family = _family(region)
     body = f"{''.join(family(given, spec))}\ncompare(torch.ops.{operator}, {', '.join(_PARAMETERS[family])}, SPEC)\n"
     about = [
         f"{operator}, region {region['name']} of graph {index}: {record.summary}",
@@ -55,6 +56,17 @@ SPEC = (
 
 torch.manual_seed(0)
 {body}"""
+
+
+def _family(region: dict[str, Any]) -> Any:
+    """What draws a region's tensors; those of a user's own would need the file that defines it."""
+    name = region["op"].split(".")[1].removesuffix("_triton")
+    if name not in ("lookup", "attention"):
+        raise RecompileError(
+            f"{region['name']} is a region of your own, of which no script can be written",
+            try_=f"call `{name}(...)` and `{name}.reference(...)` with tensors of yours",
+        )
+    return _attention if name == "attention" else _lookup
 
 
 def _wrapped(spec: str) -> str:
