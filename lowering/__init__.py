@@ -9,11 +9,16 @@ from recompile.lowering.attention import Attention
 from recompile.lowering.attention import reference as attention_reference
 from recompile.lowering.lookup import Lookup
 from recompile.lowering.lookup import reference as lookup_reference
+from recompile.lowering.lookup.cpp_common import Operand
+from recompile.lowering.region import Region, region, regions
+from recompile.lowering.region_cpp import fault
 
 
 def describe(node: fx.Node) -> str:
     """One line about a region: `26 bags over 26 tables -> concat, sum`."""
-    return _attention(node) if "attention" in str(node.target) else _lookup(node)
+    family = _family(str(node.target))
+    own = {"lookup": _lookup, "attention": _attention}
+    return own[family](node) if family in own else regions[family].describe(node)
 
 
 def reference(operator: str, *args: Any) -> list[torch.Tensor]:
@@ -24,11 +29,20 @@ def reference(operator: str, *args: Any) -> list[torch.Tensor]:
         args: the operator's.
     """
     *tensors, spec = args
-    if "attention" in operator:
+    family = _family(operator)
+    if family == "attention":
         q, k, v, extras = tensors
         return [attention_reference.forward(q, k, v, extras, Attention.parse(spec))[0]]
-    weights, sources = tensors
-    return lookup_reference.forward(weights, sources, Lookup.parse(spec))
+    if family == "lookup":
+        weights, sources = tensors
+        return lookup_reference.forward(weights, sources, Lookup.parse(spec))
+    found = regions[family].reference(*tensors, **regions[family].parse(spec))
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+def _family(operator: str) -> str:
+    """The region that an operator, on any device, is of: `recompile.lookup_triton.default` is a lookup."""
+    return operator.split(".")[1].removesuffix("_triton")
 
 
 def _lookup(node: fx.Node) -> str:
@@ -55,4 +69,4 @@ def _shape(node: Any) -> str:
     return str(list(node.meta["val"].shape))
 
 
-__all__ = ["describe", "reference"]
+__all__ = ["Operand", "Region", "describe", "fault", "reference", "region", "regions"]

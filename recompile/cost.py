@@ -87,7 +87,7 @@ def _region(node: fx.Node, args: Any, inputs: list[Any], value: Any) -> Cost:
     if spec.startswith("Lookup("):
         tables, sources = _vals(args[:2])
         return _lookup(tables, sources, Lookup.parse(spec), value)
-    return Cost(moved(inputs) + moved(value), numel(value))
+    return Cost(moved(inputs) + moved(value))  # a user's: see `regions.py`
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, extras: list[Tensor], out: Tensor) -> Cost:
@@ -98,13 +98,26 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, extras: list[Tensor], out: Tenso
 
 
 def _lookup(tables: list[Tensor], sources: list[Tensor], spec: Lookup, outs: Any) -> Cost:
-    """Every source once, a row for each id, the outputs; an addition for each element that is pooled."""
-    read = flops = 0
+    """Every source once, a row for each id, the outputs; an addition for each element that is pooled or summed."""
+    read: Any = 0
+    flops: Any = 0
     for bag in spec.bags:
         elements = numel(sources[bag.loads[0]]) * spec.tables[bag.table].dim
         read += elements * tables[bag.table].element_size()
         flops += 0 if bag.pooling == "none" else elements
+    for out, value in zip(spec.outputs, outs, strict=True):
+        widths = sum(_width(part, tables, sources, spec) for part in out.parts)
+        flops += {"concat": 0, "sum": 1, "sum_of_squares": 2}[out.kind] * widths * _size(value.shape[0])
     return Cost(read + moved(sources) + moved(outs), flops)
+
+
+def _width(part: int, tables: list[Tensor], sources: list[Tensor], spec: Lookup) -> Any:
+    """Of one part of an output: a bag, whose rows may lie side by side, or a source."""
+    if part < 0:
+        return math.prod(map(_size, sources[~part].shape[1:]))
+    bag = spec.bags[part]
+    length = math.prod(map(_size, sources[bag.loads[0]].shape[1:])) if bag.pooling == "none" else 1
+    return length * _size(tables[bag.table].shape[-1])
 
 
 def _vals(value: Any) -> Any:

@@ -49,6 +49,10 @@ class CaptureError(RecompileError):
         self.why, self.node, self.line = why, node, line
 
 
+class RegionError(RecompileError):
+    """A region operator of a user's own is defined or called wrongly, or its generator fails."""
+
+
 class StrictError(RecompileError):
     """A graph fell back to plain Inductor, or a pass failed, under `options={"strict": True}`."""
 

@@ -17,9 +17,17 @@ def region_record(node: fx.Node, ledger: Ledger) -> RegionRecord:
     """The record of a region operator's node."""
     lines = sorted({user_line(n) for n in (node, *node.users) if user_line(n)})
     tables = len(node.args[0]) if isinstance(node.args[0], (list, tuple)) else 0
-    before, after = (_cost(c, node) for c in (ledger.before(node), cost(node)))
+    replaced, own = ledger.before(node), cost(node)
+    if not own.flops and _is_users(node):  # what a user's kernel computes is not known: as much as before
+        own = Cost(own.bytes, replaced.flops)
+    before, after = _cost(replaced, node), _cost(own, node)
     spec = node.args[-1] if isinstance(node.args[-1], str) else ""
     return RegionRecord(node.name, str(node.target), tables, describe(node), lines, spec, before, after)
+
+
+def _is_users(node: fx.Node) -> bool:
+    name = str(node.target).removeprefix("recompile.")
+    return not name.startswith(("lookup", "attention"))
 
 
 def _cost(found: Cost, node: fx.Node) -> CostRecord:

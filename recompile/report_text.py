@@ -18,7 +18,8 @@ from .report import GraphRecord, PassRecord, Refusal, RegionRecord, Report
 def plain(report: Report, width: int) -> str:
     """The report without colours, `width` characters wide, without trailing spaces."""
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, highlight=False).print(render(report))
+    console = Console(file=out, width=width, color_system=None, highlight=False, force_jupyter=False)
+    console.print(render(report))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

@@ -28,17 +28,25 @@ class Seen:
     inputs: Sequence[Any]
 
 
-def capture(model: Callable[..., Any], *args: Any) -> fx.GraphModule:
+def capture(model: Callable[..., Any], *args: Any, dynamic: bool | None = False) -> fx.GraphModule:
     """The graph that a rule sees: ATen operators before autograd, canonicalized.
+
+    Args:
+        args: what the model is called with.
+        dynamic: as for `torch.compile`; with None it depends on the sizes that the model was captured with before.
 
     Raises:
         torch._dynamo.exc.Unsupported: the model is more than one graph.
     """
-    return _see(model, args).gm
+    return _see(model, args, dynamic).gm
 
 
 def assert_rewrites(
-    rule: Pass | type[Pass], model: Callable[..., Any], args: Sequence[Any], expect: str | None = None
+    rule: Pass | type[Pass],
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    expect: str | None = None,
+    dynamic: bool | None = False,
 ) -> fx.GraphModule:
     """Asserts that the rule fires on the model, breaks nothing and keeps the numbers; returns the graph.
 
@@ -47,8 +55,9 @@ def assert_rewrites(
         args: what the model is called with.
         expect: the graph afterwards, as `text` writes it; indentation does not matter. With
             RECOMPILE_UPDATE_EXPECTED=1 in the environment it is written into the test instead: start with `expect=""`.
+        dynamic: as for `torch.compile`.
     """
-    seen = _see(model, args)
+    seen = _see(model, args, dynamic)
     record, each = _apply(rule, seen)
     refused = "".join(f"\n  {refusal.why} [{refusal.node}]" for refusal in _refusals(record))
     assert _fired(record), f"{each.name()} did not fire{refused}\n{text(seen.gm)}"
@@ -60,15 +69,21 @@ def assert_rewrites(
 
 
 def assert_refuses(
-    rule: Pass | type[Pass], model: Callable[..., Any], args: Sequence[Any], why: str = "", at: str = ""
+    rule: Pass | type[Pass],
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    why: str = "",
+    at: str = "",
+    dynamic: bool | None = False,
 ) -> Refusal:
     """Asserts that the rule leaves the model alone and says so; returns the refusal.
 
     Args:
         why: a part of the sentence.
         at: a part of the blamed node's name.
+        dynamic: as for `torch.compile`.
     """
-    seen = _see(model, args)
+    seen = _see(model, args, dynamic)
     record, each = _apply(rule, seen)
     assert not _fired(record), f"{each.name()} fired\n{text(seen.gm)}"
     found = [refusal for refusal in _refusals(record) if why in refusal.why and at in refusal.node]
@@ -163,7 +178,7 @@ def _lines(graph: str) -> list[str]:
     return [line.strip() for line in graph.strip().splitlines()]
 
 
-def _see(model: Callable[..., Any], args: Sequence[Any]) -> Seen:
+def _see(model: Callable[..., Any], args: Sequence[Any], dynamic: bool | None = False) -> Seen:
     seen: list[Seen] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -173,7 +188,7 @@ def _see(model: Callable[..., Any], args: Sequence[Any]) -> Seen:
         return gm.forward
 
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16):
-        torch.compile(model, backend=backend, fullgraph=True)(*args)
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args)
     return seen[0]
 
 
