@@ -152,6 +152,8 @@ class Region:
         given = arguments(node)
         if self.as_eager:
             raise Refuse("dropout has to draw eager's numbers: Inductor's fallback_random is set", node)
+        if not isinstance(given["p"], (int, float)):
+            raise Refuse("how much dropout leaves out is known at run time only", node)
         if given["p"] >= 1:
             raise Refuse("dropout leaves nothing", node)
         seed = self._name("n", node, tuple((atom,) for axis in axes for atom in axis if atom[0] == "b"))

@@ -109,7 +109,8 @@ def _check_value(node: fx.Node, effects: Effects) -> None:
         return
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     target: Any = node.target
-    with _no_guards((args, kwargs)), autocast_at(effects.autocasts[node]):
+    # The value, too: what draws numbers of dynamic sizes has no tensor among its arguments.
+    with _no_guards((args, kwargs, node.meta.get("val"))), autocast_at(effects.autocasts[node]):
         try:
             derived = target(*args, **kwargs)
         except (TypeError, RuntimeError, ValueError, IndexError) as error:

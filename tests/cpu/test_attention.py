@@ -145,12 +145,14 @@ def dropped(q, k, v):
     return F.dropout((q @ k.mT).softmax(-1), 0.25, training=True) @ v
 
 
-def test_dropout_in_training():
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_dropout_in_training(dynamic):
     """With the identity as values the output is the weights: each is dropped, or 4/3 of what it was."""
     torch.manual_seed(0)
     q, k = (torch.randn(4, 2, 64, 8, requires_grad=True) for _ in range(2))
+    torch._dynamo.reset()
     v, grad = torch.eye(64).expand(4, 2, -1, -1), torch.randn(4, 2, 64, 64)
-    compiled = torch.compile(dropped, backend="recompile", options={"strict": True})
+    compiled = torch.compile(dropped, backend="recompile", dynamic=dynamic, options={"strict": True})
     outs = [compiled(q, k, v) for _ in range(2)]
     expected, kept = (q @ k.mT).softmax(-1), outs[0] > 0
     torch.testing.assert_close(outs[0], expected * kept / 0.75)
