@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import RecompileError
 from .graph.walls import is_random, is_wall
+from .report import user_line
+from .verify import Snapshot
 
 log = logging.getLogger("recompile")
 
@@ -37,21 +39,41 @@ class Numerics:
             log.warning("verify=numerics is not possible for a graph: %s", why_not)
         self.before = None if why_not else self._run(gm)
 
-    def check(self, gm: fx.GraphModule, level: str) -> None:
+    def check(self, gm: fx.GraphModule, level: str, before: Snapshot) -> None:
         """Compares with the results before the pass, to the tolerance of its level of numerics.
 
         Raises:
-            RecompileError: they differ; the message says which output, and by how much.
+            RecompileError: they differ; the message says which output, by how much, and the first node that differs.
         """
         if self.before is None:
             return
         after = self._run(gm)
         for i, (old, new) in enumerate(zip(self.before, after, strict=True)):
-            try:
-                torch.testing.assert_close(new, old, equal_nan=True, **_tolerance(level, old))
-            except AssertionError as error:
-                raise RecompileError(f"the pass changed the numbers of output {i}", got=str(error)) from error
+            difference = _difference(new, old, level)
+            if difference:
+                node = self._first_changed(gm, level, before) or _output(gm.graph, i)
+                raise RecompileError(
+                    f"the pass changed the numbers of output {i}, first those of node {node.name}",
+                    got=difference,
+                    where=user_line(node),
+                )
         self.before = after
+
+    def _first_changed(self, gm: fx.GraphModule, level: str, before: Snapshot) -> fx.Node | None:
+        """The first node that the pass kept and whose value differs; the new node that it reads, if there is one."""
+        was, now = self._values(gm, before.copy), self._values(gm, gm.graph)
+        for node in gm.graph.nodes:
+            twin = before.twins.get(node)
+            if twin is not None and _difference(now[node], was[twin], level):
+                return next((x for x in node.all_input_nodes if x not in before.twins), node)
+        return None
+
+    def _values(self, gm: fx.GraphModule, graph: fx.Graph) -> dict[fx.Node, Any]:
+        """What each node but the output computes; held all at once."""
+        interpreter = fx.Interpreter(gm, garbage_collect_values=False, graph=graph)
+        with torch.no_grad():
+            interpreter.run(*self.inputs)
+        return interpreter.env
 
     def _why_not(self, graph: fx.Graph) -> str:
         if not self.inputs or any(isinstance(x, FakeTensor) for x in self.inputs):
@@ -63,6 +85,22 @@ class Numerics:
         with torch.no_grad():
             results = fx.Interpreter(gm).run(*self.inputs)
         return [x.clone() if isinstance(x, torch.Tensor) else x for x in tree_leaves(results)]
+
+
+def _output(graph: fx.Graph, index: int) -> fx.Node:
+    output = graph.output_node()
+    found = tree_leaves(output.args[0])[index]
+    return found if isinstance(found, fx.Node) else output
+
+
+def _difference(new: Any, old: Any, level: str) -> str:
+    """How two values, or two lists of them, differ beyond the level's tolerance; "" if they do not."""
+    for a, b in zip(tree_leaves(new), tree_leaves(old), strict=True):
+        try:
+            torch.testing.assert_close(a, b, equal_nan=True, **_tolerance(level, b))
+        except AssertionError as error:
+            return str(error)
+    return ""
 
 
 def _tolerance(level: str, value: Any) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _run(
         if options.verify != "none":
             snapshot.check(gm.graph)
         if numerics is not None:
-            numerics.check(gm, each.numerics)
+            numerics.check(gm, each.numerics, snapshot)
     except Exception as error:
         snapshot.restore(gm)
         _failed(entry, error, strict=options.strict)

@@ -30,18 +30,18 @@ class Snapshot:
         self._was = {node: (node.target, node.args, node.kwargs) for node in graph.nodes}
         self._inputs, self._outputs = _inputs(graph), _outputs(graph)
         self._walls = [node for node in graph.nodes if is_wall(node)]
-        copied: dict[fx.Node, fx.Node] = {}
-        self._copy = fx.Graph()
-        self._copy.output(self._copy.graph_copy(graph, copied))
-        self._copy.output_node().meta = dict(graph.output_node().meta)
-        self._copy.set_codegen(graph._codegen)
-        for old, new in copied.items():  # AOTAutograd looks for it on placeholders
+        self.twins: dict[fx.Node, fx.Node] = {}  # by node of the graph: the copy's
+        self.copy = fx.Graph()
+        self.copy.output(self.copy.graph_copy(graph, self.twins))
+        self.copy.output_node().meta = dict(graph.output_node().meta)
+        self.copy.set_codegen(graph._codegen)
+        for old, new in self.twins.items():  # AOTAutograd looks for it on placeholders
             if hasattr(old, "_dynamo_source"):
                 new._dynamo_source = old._dynamo_source
 
     def restore(self, gm: fx.GraphModule) -> None:
         """Make `gm` compute what it did; the snapshot is used up."""
-        gm.graph = self._copy
+        gm.graph = self.copy
 
     def is_current(self, graph: fx.Graph) -> bool:
         """Whether nothing changed since."""

@@ -1,5 +1,6 @@
 """Which passes run, in which order, what is checked after each, and that a failing one is undone."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -226,9 +227,23 @@ def wrong_number(graph):
     node(graph, "mul").args = (node(graph, "mul").args[0], 3)
 
 
-def test_wrong_numbers_are_found_when_asked_for():
-    _, (wrong, right) = run(bad(wrong_number), Second(), verify="numerics")
-    assert "the pass changed the numbers of output 1" in wrong.error and right.error == ""
+def new_and_wrong(graph):
+    old = node(graph, "mul")
+    line = old.meta["stack_trace"]  # as the API gives it to what a rule makes
+    swap(graph, "mul", aten.mul.Tensor, old.args[0], 3).meta["stack_trace"] = line
+
+
+def wrong_early(graph):
+    node(graph, "relu").target = aten.neg.default
+
+
+@pytest.mark.parametrize(
+    ("what", "named"), [(wrong_number, "node mul"), (new_and_wrong, "node mul_"), (wrong_early, "node relu")]
+)
+def test_wrong_numbers_are_found_when_asked_for_and_their_node_is_named(what, named):
+    _, (wrong, right) = run(bad(what), Second(), verify="numerics")
+    assert re.search(rf"the pass changed the numbers of output \d, first those of {named}", wrong.error)
+    assert "test_pipeline.py" in wrong.error and right.error == ""
 
 
 def test_nothing_is_checked_when_not_asked_for():
