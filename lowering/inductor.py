@@ -110,11 +110,14 @@ class CppRegion(ir.ExternKernel):
         )
         definitions, call_args, types = args.cpp_argdefs()
         name = f"cpp_{self.title}_{wrapper.next_kernel_suffix()}"
-        signature = f'extern "C" void {name if V.graph.cpp_wrapper else "kernel"}({", ".join(definitions)})'
+        entry = name if V.graph.cpp_wrapper else "kernel"
+        signature = f'extern "C" void {entry}({", ".join(definitions)})'
         include, guard = _profiled(f"recompile::{self.title} graph_{V.graph.graph_id} {name}")
-        entry = f"RECOMPILE_ENTRY\n{signature} {{{guard}{body}\n}}\n"
+        # With `cpp_wrapper` all kernels of a graph are one file: what each defines has a namespace of its own.
+        inner = f"namespace {{ namespace of_{entry} {{\n{functions}\n}} }}"
+        kernel = f"RECOMPILE_ENTRY\n{signature} {{\n  using namespace of_{entry};{guard}{body}\n}}\n"
         first = f"// recompile::{self.title}, spec {digest(self.spec)}\n{include}"
-        source = f"{first}{_HEADER}\nnamespace {{\n{functions}\n}}  // namespace\n\n{entry}"
+        source = f"{first}{_HEADER}\n{inner}\n\n{kernel}"
         if not V.graph.cpp_wrapper:
             source = f"async_compile.cpp_pybinding({types!r}, r'''\n{source}''')"
         wrapper.define_kernel(name, source, gpu=False, cpp_definition=f"{signature};\n")

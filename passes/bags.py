@@ -68,7 +68,12 @@ def find(node: fx.Node) -> Found | None:
 
 
 def table_name(node: fx.Node) -> str:
-    """A table's name for people: `emb.C0.weight` for Dynamo's `l_self_modules_emb_modules_c0_parameters_weight_`."""
+    """A table's name for people: `emb.C0.weight` for Dynamo's `l_self_modules_emb_modules_c0_parameters_weight_`.
+
+    An exported program says it itself (see `recompile/exported.py`).
+    """
+    if "recompile_name" in node.meta:
+        return str(node.meta["recompile_name"])
     name = re.sub(r"^[lL]_self_(modules_)?", "", node.name)
     return re.sub(r"_(modules|parameters|buffers)_", ".", name).strip("_").replace("__", ".")
 

@@ -9,6 +9,7 @@ from .dump import dump
 from .errors import RecompileError
 from .explain import explain
 from .options import Options
+from .package import package
 from .report import Report, last_report
 from .rewrite import Context, Match, Pass, Refuse, Rule, any_of, each, optional, register, registered
 
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "last_report",
     "optional",
+    "package",
     "register",
     "registered",
 ]

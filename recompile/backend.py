@@ -56,7 +56,7 @@ def recompile(
     patches = inductor_settings(mode) | dict(chosen.inductor)
     record = new_graph()
     with dumping(chosen, record) as recording:
-        optimized = _optimize(gm, example_inputs, chosen, passes, record, recording)
+        optimized = optimize(gm, example_inputs, chosen, passes, record, recording)
         try:
             compiled: Any = compile_fx(
                 optimized, example_inputs, config_patches=_with_ours(patches, optimized) or None
@@ -70,10 +70,15 @@ def recompile(
             compiled = compile_fx(
                 gm, example_inputs, config_patches=patches or None
             )  # raises if Inductor cannot either
-            _give_up(record, error, strict=chosen.strict)
+            give_up(record, error, strict=chosen.strict)
+    trace(record)
+    return _naming_bad_ids(compiled)
+
+
+def trace(record: GraphRecord) -> None:
+    """Adds a graph's report to the structured trace, where one is written."""
     artifact("recompile_report", "string", lambda: Report(graphs=[record]).text())
     artifact("recompile_report_json", "json", lambda: Report(graphs=[record]).to_json())
-    return _naming_bad_ids(compiled)
 
 
 def _with_ours(patches: dict[str, Any], gm: fx.GraphModule) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def inductor_settings(mode: str | None) -> dict[str, Any]:
     return dict(modes[mode]) if mode else {}
 
 
-def _optimize(
+def optimize(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     options: Options,
@@ -106,7 +111,11 @@ def _optimize(
     record: GraphRecord,
     recording: Recording | None,
 ) -> fx.GraphModule:
-    """`gm` captured and rewritten; or `gm` itself, and the reason in the record, where that fails."""
+    """`gm` captured and rewritten; or `gm` itself, and the reason in the record, where that fails.
+
+    Raises:
+        StrictError: it failed, or a pass did, under `strict`.
+    """
     record.nodes_before = record.nodes_after = len(gm.graph.nodes)
     try:
         captured = capture(gm)
@@ -125,7 +134,7 @@ def _optimize(
         if recording is not None:
             recording.fallback(gm)
     except Exception as error:  # a fault of ours must not cost the user a model that Inductor compiles
-        _give_up(record, error, strict=options.strict)
+        give_up(record, error, strict=options.strict)
         return gm
     if record.fallback:
         _fall_back(record.fallback, strict=options.strict)
@@ -134,8 +143,12 @@ def _optimize(
     return captured.gm
 
 
-def _give_up(record: GraphRecord, error: Exception, strict: bool) -> None:
-    """Records a fault of ours, or of a user's region: our graph, or what Inductor made of it, did not compile."""
+def give_up(record: GraphRecord, error: Exception, strict: bool) -> None:
+    """Records a fault of ours, or of a user's region: our graph, or what Inductor made of it, did not compile.
+
+    Raises:
+        StrictError: under `strict`.
+    """
     from .lowering import fault
 
     log.debug("%s", "".join(traceback.format_exception(error)))

@@ -1,4 +1,4 @@
-"""The command line: `recompile demo`, `zoo`, `explain` or `bench` for a model of your own, and what reads a dump."""
+"""The command line: `recompile demo`, `zoo`; `explain`, `bench`, `package` for a model of yours; what reads a dump."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from . import cli_dump
 from .errors import RecompileError
@@ -77,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     bisect.add_argument("--train", action="store_true", help="compare gradients, too")
     bisect.add_argument("--tolerance", type=float, default=1e-4, help="of the largest magnitude in a tensor")
     bisect.set_defaults(run=_bisect)
+    package = commands.add_parser(
+        "package", help="a file of AOTInductor with our kernels, for Python and C++"
+    )
+    package.add_argument("target", help="package.module:function, which returns (model, example_inputs)")
+    package.add_argument(
+        "--out", type=Path, default=Path("model.pt2"), help="the file; its name ends in .pt2"
+    )
+    package.add_argument("--dynamic", action="store_true", help="the first size of every input may vary")
+    package.set_defaults(run=_package)
     bench = _target(commands.add_parser("bench", help="a model against other backends"))
     bench.add_argument("--against", type=_words, default=("eager", "inductor"), help="inductor,eager")
     bench.add_argument("--batch", type=_numbers, default=(), help="batch sizes; default: the inputs as given")
@@ -136,6 +146,22 @@ def _bisect(args: argparse.Namespace) -> int:
     found = bisect(model, *inputs, train=args.train, tolerance=args.tolerance)
     print(found)
     return int(found.rewrite is not None)
+
+
+def _package(args: argparse.Namespace) -> int:
+    from .package import package
+    from .report import collect
+
+    model, inputs = load(args.target)()
+    shapes = tree_map(_any_first_size, tuple(inputs)) if args.dynamic else None
+    with collect() as report:
+        path = package(model, tuple(inputs), dynamic_shapes=shapes, path=args.out)
+    print(f"{report.text()}\n{path}")
+    return 0
+
+
+def _any_first_size(x: object) -> object:
+    return {0: torch.export.Dim.DYNAMIC} if isinstance(x, torch.Tensor) and x.dim() else None
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from .lowering.fingerprint import digest
 from .recording import Recording
 from .report import RegionRecord
-from .torch_private.generated_code import Kernel, is_backward, kernels
+from .torch_private.generated_code import Kernel, is_backward, kernels, language
 
 VERSION = 1  # of graph.json; raised when a field changes its meaning or goes away
 OWN_FILES = ("graph.json", "inputs.json", "regions.json", "[0-9]*-*.py", "[0-9]*-*.diff", "kernels/*")
@@ -84,8 +84,9 @@ def _kernels(recording: Recording, index: int) -> dict[str, str]:
     made: dict[str, str] = {}
     for program in recording.programs:
         way = "backward" if is_backward(program) else "forward"
-        name = _free("kernels/inductor" + "-backward" * (way == "backward"), "py", made)
-        made[name] = f"# Inductor's program of graph {index}, {way}\n{program}"
+        suffix = language(program)
+        name = _free("kernels/inductor" + "-backward" * (way == "backward"), suffix, made)
+        made[name] = f"{_COMMENT[suffix]} Inductor's program of graph {index}, {way}\n{program}"
     last = {recording.nodes[n]["name"]: recording.nodes[n] for n in _last(recording)}
     for kernel, region in _assigned(recording):
         stem = region["name"] + "-backward" * kernel.is_backward if region else kernel.name

@@ -20,7 +20,9 @@ ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
 # May give back an argument, or a part of one, without calling an operator.
 SELECTS = {operator.getitem, getattr, "contiguous"}
-NO_EFFECT = {torch._C._log_api_usage_once}  # left out: modules made in forward() call it
+# Left out. Modules made in forward() call the first; torch.export notes with the second what a cast is given, and
+# Inductor drops that.
+NO_EFFECT = {torch._C._log_api_usage_once, torch.ops.aten._assert_tensor_metadata.default}
 
 _SWITCHES = {ENTER_AUTOCAST, EXIT_AUTOCAST, torch._C._set_grad_enabled}
 _NO_USER_CODE = {

@@ -1,7 +1,7 @@
 """The programs that Inductor writes, how many kernels one run of them launches, and the kernels of ours in them.
 
 Tried with torch 2.13: `torch._inductor.graph.GraphLowering.save_output_code`, which is also called when a
-program comes from a cache.
+program comes from a cache; the C++ in packages of torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ class Kernel(NamedTuple):
 _CPP = re.compile(
     r"^(cpp_\w+) = async_compile\.cpp_pybinding\(\[.*?\], r'''\n(.*?)'''\)", re.MULTILINE | re.DOTALL
 )
+# With `cpp_wrapper` and in a package, where all kernels are one text.
+_NAMED = re.compile(
+    r"^// recompile::\w+, spec \w+\n(?:(?!^// recompile::).)*?"
+    r"^RECOMPILE_ENTRY\nextern \"C\" void (cpp_\w+)\(.*?^}\n",
+    re.MULTILINE | re.DOTALL,
+)
 _OURS = re.compile(r"// recompile::(\w+), spec (\w+)\n")
 _TRITON = re.compile(
     r"^((lookup|attention)\w*) = async_compile\.triton\(.*?'''\n(.*?)'''", re.MULTILINE | re.DOTALL
@@ -73,11 +79,17 @@ _TRITON = re.compile(
 
 def kernels(program: str) -> Iterator[Kernel]:
     """The kernels of our region operators in a program."""
-    for name, source in _CPP.findall(program):
+    named = [(found[1], found[0]) for found in _NAMED.finditer(program)]
+    for name, source in [*_CPP.findall(program), *named]:
         if found := _OURS.match(source):
             yield Kernel(name, found[1], found[2], "cpp", source[found.end() :])
     for name, op, source in _TRITON.findall(program):
         yield Kernel(name, op + "_backward" * ("backward" in name), "", "py", source)
+
+
+def language(program: str) -> str:
+    """ "py", or "cpp" for what is in a package."""
+    return "cpp" if program.lstrip().startswith(("//", "#include")) else "py"
 
 
 def is_backward(program: str) -> bool:
