@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test bench zoo check clean
+.PHONY: help setup demo test bench bench-gpu zoo check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED)  ## create .venv and install everything into it
 
@@ -30,6 +30,9 @@ test: setup  ## the tests, on two cores
 
 bench: setup  ## the table of benchmarks with its targets, results in out/bench.json (ARGS="--group ratio")
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-gpu:  ## the table of a GPU's benchmarks, in benchmarks/results/; with PYTHON's torch (ARGS="--quick")
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 zoo: setup  ## every model of the zoo against eager (ARGS="--only rechub.DeepFM")
 	$(BIN)/recompile zoo $(ARGS)

@@ -36,13 +36,14 @@ class Hstu(nn.Module):
     def forward(self, stamps: Tensor) -> Tensor:
         """(batch, N, heads * width) from the times of the items and of the next one, (batch, N + 1), seconds."""
         batch, length, heads, width = self.q.shape
-        place = torch.arange(length)
+        place = torch.arange(length, device=stamps.device)
         offsets = place[None, :] - place[:, None] + length - 1
         apart = (stamps[:, 1:, None] - stamps[:, None, :-1]).abs().clamp(min=1)
         bucket = (torch.log(apart.float()) / 0.301).long().clamp(min=0, max=self.buckets)
         bias = self.positions[offsets] + self.times[bucket]
         scores = torch.einsum("bnhd,bmhd->bhnm", self.q, self.k) + bias[:, None]
-        weights = F.silu(scores) / length * torch.tril(torch.ones(length, length))
+        earlier = torch.tril(torch.ones(length, length, dtype=scores.dtype, device=scores.device))
+        weights = F.silu(scores) / length * earlier
         out: Tensor = torch.einsum("bhnm,bmhd->bnhd", weights, self.v).reshape(batch, length, heads * width)
         return out
 
@@ -54,9 +55,9 @@ class Causal(_Attention):
         """(batch, N, heads * width)."""
         batch, heads, length, width = self.q.shape
         scores = self.q @ self.k.transpose(-2, -1) / math.sqrt(width)
-        mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()[None, None]
         if lengths is not None:
-            mask = mask & (torch.arange(length) < lengths[:, None])[:, None, None]
+            mask = mask & (torch.arange(length, device=scores.device) < lengths[:, None])[:, None, None]
         weights = scores.masked_fill(~mask, -1e9).softmax(-1)
         return (weights @ self.v).transpose(1, 2).reshape(batch, length, heads * width)
 
@@ -71,10 +72,27 @@ class Window(_Attention):
     def forward(self) -> Tensor:
         """(batch, heads, N, width)."""
         length, width = self.q.shape[2:]
-        i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        place = torch.arange(length, device=self.q.device)
+        i, j = place[:, None], place[None, :]
         mask = (j <= i) & (i - j < self.window)
         scores = self.q @ self.k.transpose(-2, -1) / math.sqrt(width)
         return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ self.v
+
+
+class Relative(_Attention):
+    """Causal softmax attention with a learned bias a head and distance, as T5's without its buckets."""
+
+    def __init__(self, batch: int, length: int, heads: int, width: int) -> None:
+        super().__init__(batch, length, heads, width)
+        self.bias = nn.Parameter(torch.randn(heads, length) * 0.1)
+
+    def forward(self) -> Tensor:
+        """(batch, heads, N, width)."""
+        length, width = self.q.shape[2:]
+        place = torch.arange(length, device=self.q.device)
+        back = place[:, None] - place[None, :]
+        scores = self.q @ self.k.transpose(-2, -1) / math.sqrt(width) + self.bias[:, back.clamp(min=0)]
+        return scores.masked_fill(back < 0, float("-inf")).softmax(-1) @ self.v
 
 
 class Fields(nn.Module):
@@ -112,6 +130,6 @@ class Target(nn.Module):
         query = target[:, None].expand(-1, length, -1)
         pairs = torch.cat([query, history, query - history, query * history], -1)
         scores = self.score(pairs).squeeze(-1)
-        mask = torch.arange(length) < lengths[:, None]
+        mask = torch.arange(length, device=lengths.device) < lengths[:, None]
         weights = scores.masked_fill(~mask, -1e9).softmax(-1)
         return (weights[:, None] @ history).squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,3 +87,18 @@ class FirstStage(nn.Module):
         first = torch.cat([table(ids[:, f]) for f, table in enumerate(self.weights)], 1).sum(1, keepdim=True)
         second = 0.5 * (fields.sum(1).pow(2) - fields.pow(2).sum(1)).sum(1, keepdim=True)
         return fields.flatten(1), first + second
+
+
+class Mixed(nn.Module):
+    """Fields of any (rows, width, ids a sample), one table each, several ids summed; all concatenated."""
+
+    def __init__(self, fields: Sequence[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(
+            nn.Embedding(rows, width) if ids == 1 else nn.EmbeddingBag(rows, width, mode="sum")
+            for rows, width, ids in fields
+        )
+
+    def forward(self, ids: list[Tensor]) -> Tensor:
+        """(batch, all widths) from ids (batch,) or (batch, ids a sample), one tensor a field."""
+        return torch.cat([table(x) for table, x in zip(self.tables, ids, strict=True)], 1)

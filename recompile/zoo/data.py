@@ -33,8 +33,11 @@ def generator(batch: int, salt: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(7919 * salt + batch)
 
 
-def skewed(rows: int, shape: tuple[int, ...], draw: torch.Generator, low: int = 0) -> Tensor:
-    """Ids in `low <= id < rows`, int64, distributed as V*u^3: half of them in the first eighth."""
+def skewed(rows: int, shape: tuple[int, ...], draw: torch.Generator | None, low: int = 0) -> Tensor:
+    """Ids in `low <= id < rows`, int64, distributed as V*u^3: half of them in the first eighth.
+
+    Without a generator they come from torch's own, on its default device.
+    """
     ids = low + torch.rand(shape, generator=draw) ** 3 * (rows - low)
     return ids.long().clamp_(low, rows - 1)
 

@@ -1,0 +1,1 @@
+"""Benchmarks on a GPU, each case with a target: `python -m benchmarks.gpu`. See docs/gpu.md."""
