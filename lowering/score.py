@@ -210,7 +210,7 @@ def kind(expr: sympy.Basic) -> str:
     if scalar.is_truth(expr):
         return "truth"
     if isinstance(expr, sympy.Symbol):
-        return "integer" if re.fullmatch(r"[ijMN]|n\d+|integer\d+", expr.name) else "real"
+        return "integer" if re.fullmatch(r"[ijMN]|n\d+(_low|_high)?|integer\d+", expr.name) else "real"
     if isinstance(expr, sympy.Number):
         return "integer" if expr.is_Integer else "real"
     if isinstance(expr, (trunc, floordiv)):

@@ -19,11 +19,10 @@ from recompile.lowering.attention.spec import Attention
 from recompile.lowering.attention.triton_bounds import Interval, Reach, interval
 from recompile.lowering.attention.triton_frame import TRITON, Frame, is_one, is_wide, offset
 from recompile.lowering.attention.triton_schedule import padded
+from recompile.lowering.attention.triton_spans import BYTES, FIRST, LAST, scan
 from recompile.lowering.score_triton import Statements, bare
 
 BAD_INDEX = "recompile: index out of range: a table of scores is read outside its elements"
-_FIRST, _LAST = language.symbol("integer0"), language.symbol("integer1")
-_BYTES: dict[torch.dtype, Interval] = {torch.bool: (0, 1), torch.uint8: (0, 255), torch.int8: (-128, 127)}
 
 
 @dataclass(frozen=True)
@@ -152,15 +151,17 @@ class Tile:
     def positions(self) -> list[str]:
         """Declares the positions that a program keeps, and the columns of a row."""
         p = self.problem
-        lines = [*self._numbered(self.outer, "tile * {}"), f"d = tl.arange(0, {padded(p.dim)})"]
+        lines = [*self.numbered(self.outer, "tile * {}"), f"d = tl.arange(0, {padded(p.dim)})"]
         return [*lines, *([f"e = tl.arange(0, {padded(p.value_dim)})"] if p.dim != p.value_dim else [])]
 
     def next_positions(self) -> list[str]:
         """Declares the positions that a step of the loop meets, which starts at `start`."""
-        return self._numbered(self.inner, "start")
+        return self.numbered(self.inner, "start")
 
-    def _numbered(self, side: str, start: str) -> list[str]:
+    def numbered(self, side: str, start: str, size: int | None = None) -> list[str]:
+        """Declares the positions of one side, a block or `size` of them."""
         many, block = {"i": ("queries", "BLOCK_M"), "j": ("keys", "BLOCK_N")}[side]
+        block = block if size is None else str(size)
         shape = "[:, None]" if side == self.outer else "[None, :]"
         first = start.format(block)
         return [f"{many} = {first} + tl.arange(0, {block})", f"{side} = {many}{shape}"]
@@ -185,13 +186,14 @@ class Tile:
     def loads(self, kept: bool) -> list[str]:
         """Loads the extras that depend on what a program keeps only (`kept`), or those that each step reads."""
         names = [n for n in self.problem.spec.extras if n[0] != "T" and n in self.used]
-        return [self._load(n) for n in names if (self.inner not in self.problem.varies(n)) == kept]
+        return [self.load(n) for n in names if (self.inner not in self.problem.varies(n)) == kept]
 
-    def _load(self, name: str) -> str:
+    def load(self, name: str) -> str:
+        """Loads an extra at the positions that are declared."""
         x = self.problem.extra(name)
         at, mask = self.pair_address(name, x, self.problem.varies(name))
         mask = f", mask={mask}, other=0" if mask else ""
-        cast = "tl.float32" if name[0] == "x" else "tl.int32" if x.dtype in _BYTES else "tl.int64"
+        cast = "tl.float32" if name[0] == "x" else "tl.int32" if x.dtype in BYTES else "tl.int64"
         return f"{name} = tl.load({at}{mask}).to({cast})"
 
     def pair_address(self, name: str, x: Tensor, varies: Iterable[str]) -> tuple[str, str]:
@@ -215,8 +217,7 @@ class Tile:
             known[size] = (x, x) if isinstance(x, int) else (0, 2**31)
             known[side] = (0, known[size][1] - 1)
         known |= {
-            n: _BYTES.get(x.dtype, (-math.inf, math.inf))
-            for n, x in zip(p.spec.extras, p.extras, strict=True)
+            n: BYTES.get(x.dtype, (-math.inf, math.inf)) for n, x in zip(p.spec.extras, p.extras, strict=True)
         }
         return interval(expr, known)
 
@@ -268,31 +269,36 @@ class Tile:
         reach = Reach(
             symbols[0],
             symbols[1],
-            _FIRST,
-            _LAST,
-            frozenset({*map(language.symbol, constants), _FIRST, _LAST}),
+            FIRST,
+            LAST,
+            frozenset({*map(language.symbol, constants), FIRST, LAST}),
         )
         low, high = reach.bounds(keep)
         lines: list[str] = []
         first, last = "0", size
         if low is not None:
             lines.append(
-                f"begin = tl.cast(tl.maximum({self._printed(low)}, 0), tl.int32) // {block} * {block}"
+                f"begin = tl.cast(tl.maximum({self.printed(low)}, 0), tl.int32) // {block} * {block}"
             )
             first = "begin"
         if high is not None:
-            lines.append(f"end = tl.cast(tl.minimum({self._printed(high + 1)}, {size}), tl.int32)")
+            lines.append(f"end = tl.cast(tl.minimum({self.printed(high + 1)}, {size}), tl.int32)")
             last = "end"
+        found = scan(self, keep, first, last, block)
+        if found:
+            first, last = "begin", "end"
+        lines += found
         return [*(self._ends() if lines else []), *lines], f"for start in range({first}, {last}, {block}):"
 
     def whole(self) -> str:
         """The head of a loop over everything."""
         return self.span(sympy.true)[1]
 
-    def _printed(self, expr: sympy.Basic) -> str:
+    def printed(self, expr: sympy.Basic, whole: bool = False) -> str:
+        """The text of a value that needs no statements; with its parentheses if `whole`."""
         lines, text = self.statements([]).value(expr)
         assert not lines
-        return bare(text).replace(_FIRST.name, "first").replace(_LAST.name, "last")
+        return (text if whole else bare(text)).replace(FIRST.name, "first").replace(LAST.name, "last")
 
     def _ends(self) -> list[str]:
         block = "BLOCK_M" if self.outer == "i" else "BLOCK_N"

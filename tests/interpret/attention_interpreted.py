@@ -18,7 +18,7 @@ from triton import language as tl
 from triton.runtime import interpreter
 
 import recompile.lowering  # noqa: F401  (registers the ops)
-from recompile.lowering.attention import Attention, op, triton_schedule
+from recompile.lowering.attention import Attention, op, triton_schedule, triton_spans
 from recompile.lowering.attention.triton_schedule import Schedule
 from tests import expressions
 
@@ -44,6 +44,18 @@ def bfloat16(monkeypatch):
         return dot(self, *(_widened(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", exact)
+
+
+@pytest.fixture(autouse=True)
+def comparisons(monkeypatch):
+    """The interpreter takes a comparison of real numbers for one of them, and would spread that (triton 3.7.1)."""
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def exact(self, kind, arg):
+        truth = arg.data.dtype == bool
+        return splat(self, kind, interpreter.TensorHandle(arg.data, tl.int1) if truth else arg)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", exact)
 
 
 def _widened(x):
@@ -104,6 +116,12 @@ def some_keys(b, h, m, n):
     return [kept]
 
 
+def side_by_side(b, n):
+    """A document's number for each of n positions, 8 a document; 0 for what is left over."""
+    ids = torch.arange(n) // 8 + 1
+    return torch.where(ids <= n // 8, ids, 0).expand(b, 1, n)
+
+
 BUCKET = "Min(Max(trunc(div(log(Max(Abs(n0 - n1), 1)), 0.301)), 0), 32)"
 BIASED = f"(s/4 + T0({BUCKET}) + T1(j - i + M - 1))"
 SLOPE = "s/4 + x0*(j - i)"
@@ -134,6 +152,16 @@ CASES = {
     "documents": Case(
         masked("Eq(n0, n1) & (j <= i)", ("n0", "n1")),
         lambda b, h, m, n: [torch.randint(0, 3, (b, 1, m, 1)), torch.randint(0, 3, (b, 1, 1, n))],
+    ),
+    "documents side by side, both ways": Case(
+        masked("Eq(n0, n1) & Ne(n0, 0)", ("n0", "n1"), "-oo", safe=True),
+        lambda b, h, m, n: [side_by_side(b, m)[..., None], side_by_side(b, n)[..., None, :]],
+    ),
+    "documents near each other, within a window": Case(
+        masked("(n0 - 2*n1 < 3) & ((i - j <= n2) | Eq(n1, 1))", ("n0", "n1", "n2")),
+        lambda b, h, m, n: [
+            side_by_side(b, m)[..., None], side_by_side(b, n)[..., None, :], torch.full((b, 1, 1, 1), 4),
+        ],
     ),
     "alibi": Case(masked("j <= i", ("x0",), "-oo", SLOPE), lambda b, h, m, n: [-torch.rand(1, h, 1, 1)]),
     "bias": Case(Attention("s/4 + x0", True, ("x0",)), lambda b, h, m, n: [torch.randn(1, h, m, n)]),
@@ -192,6 +220,45 @@ def test_every_case(name, tile, monkeypatch):
     use(monkeypatch, tile)
     case = CASES[name]
     check(case.spec, *tensors(2, 2, 19, 37, 8, 8), case.extras(2, 2, 19, 37), case.equal_nan)
+
+
+SAME = "Eq(n0, n1)"
+
+
+@pytest.mark.parametrize("side, keep", [("documents", SAME), ("padding", "Ne(n1, 0)")])
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("scanned", [16, 1024])
+def test_what_is_masked_by_loads_is_not_visited(side, keep, softmax, scanned, monkeypatch):
+    """Another document's rows are NaN, and 0 * NaN would be seen in all that meets them."""
+    use(monkeypatch, (16, 16))
+    monkeypatch.setattr(triton_spans, "SCANNED", scanned)
+    torch.manual_seed(0)
+    ids = (torch.arange(80) < 32).long()[None, None]
+    q, k, v = tensors(1, 1, 80, 80, 8, 8)
+    spec = masked(keep, ("n0", "n1"), "-oo") if softmax else plain(keep)
+    extras = [ids[..., None], ids[:, :, None]]
+    rows = slice(0, 32)
+    wanted = results(torch.ops.recompile.attention, q, k, v, extras, spec, rows)
+    for x in (k, v) if softmax or side == "padding" else (q, k, v):
+        x[:, :, 32:] = float("nan")
+    found = results(attention, q, k, v, extras, spec, rows)
+    # Rows of the other document need all keys under a softmax: they have no score that counts.
+    compared = ["out", "q"] if softmax else ["out", "q", "k", "v"]
+    torch.testing.assert_close([found[x] for x in compared], [wanted[x] for x in compared])
+
+
+def plain(keep):
+    return Attention(f"where({keep}, s*sigmoid(s), 0)", False, ("n0", "n1"), keep, "s*sigmoid(s)")
+
+
+def results(which, q, k, v, extras, spec, rows):
+    """The output and the gradients of `rows`, seen by these rows alone."""
+    mine = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = which(*mine, extras, str(spec))[0]
+    seed = torch.zeros_like(out)
+    seed[:, :, rows] = 1.0
+    out.backward(seed)
+    return {"out": out[:, :, rows]} | {name: x.grad[:, :, rows] for name, x in zip("qkv", mine, strict=True)}
 
 
 @st.composite
