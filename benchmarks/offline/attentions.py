@@ -73,6 +73,7 @@ CALLS = {
     "hstu, bf16 x 64": (HSTU, BF16, 64),
     "hstu, bf16 x 128": (HSTU, BF16, 128),
     "hstu, fp32 x 64": (HSTU, F32, 64),
+    "hstu, fp32 x 128": (HSTU, F32, 128),
     "loaded, bf16 x 25": (LOADED, BF16, 25),
     "loaded, bf16 x 64": (LOADED, BF16, 64),
     "loaded, fp16 x 128": (LOADED, F16, 128),

@@ -62,20 +62,22 @@ _HALF = {  # Matrix units: accumulators fill the registers.
     ),
     "keys": (Schedule(32, 64, 4, 2), Schedule(16, 32, 4, 2), Schedule(32, 32, 4, 2), Schedule(16, 32, 4, 2)),
 }
-_SINGLE = {  # Exact float32 has no matrix unit on NVIDIA: a thread holds whole rows of one operand.
+# Exact float32 has no matrix unit on NVIDIA: a thread holds rows of its operands. What a program keeps is the larger
+# side of its tile, since the other side is read again for each. Light ones have registers left for a second stage.
+_SINGLE = {
     "forward": (
-        Schedule(32, 32, 4, 1),
+        Schedule(32, 16, 4, 2),
         Schedule(32, 16, 4, 1),
         Schedule(16, 16, 4, 1),
         Schedule(16, 16, 4, 1),
     ),
     "queries": (
-        Schedule(32, 32, 8, 1),
-        Schedule(32, 32, 8, 1),
+        Schedule(32, 16, 4, 2),
+        Schedule(32, 16, 4, 1),
         Schedule(16, 16, 8, 1),
         Schedule(16, 16, 8, 1),
     ),
-    "keys": (Schedule(32, 32, 8, 1), Schedule(32, 32, 8, 1), Schedule(16, 16, 8, 1), Schedule(16, 16, 8, 1)),
+    "keys": (Schedule(16, 32, 4, 2), Schedule(16, 32, 4, 1), Schedule(16, 32, 8, 1), Schedule(16, 16, 8, 1)),
 }
 
 

@@ -129,7 +129,7 @@ def _gradient(kind: Kind, b: str, d: str, mask: str, value: str) -> list[str]:
     lines = []
     for k, end in enumerate(kind.ends):
         column = f"column{k} + {d}" if end.kind == "concat" else f"({d}) % {end.width}"
-        at = f"g{k}_at + {b} * g{k}_b + ({column}) * g{k}_d"
+        at = f"g{k}_at + {b} * g{k}_b + ({column}).to(tl.int64) * g{k}_d"
         through = f"2 * {value} * " if end.kind == "sum_of_squares" else ""
         lines.append(f"g{k} = {through}tl.load({at}, mask={mask}, other=0).to({kind.acc})")
     return [*lines, "g = " + " + ".join(f"g{k}" for k in range(len(kind.ends)))]

@@ -171,7 +171,7 @@ def positions(kind: Kind) -> list[str]:
     """The start of a pooled bag's loop body: declares `l`, `row`, `keep` and `wide`, the mask of the rows' tile."""
     lines = [f"l = start + tl.arange(0, {kind.schedule.positions})[None, :]"]
     if kind.offsets is None:
-        lines += ["L = length", "at = l", "keep = here[:, None] & (l < length)"]
+        lines += ["L = length", "at = l.to(tl.int64)", "keep = here[:, None] & (l < length)"]
     else:
         lines += ["L = lengths[:, None]", "at = first[:, None] + l", "keep = here[:, None] & (l < L)"]
     lines += _loads(kind, "b[:, None]", "at", "keep")

@@ -165,7 +165,7 @@ _COPY_BODY = f"""    b = block.to(tl.int64) * {_COPY.samples} + tl.arange(0, {_C
     for start in range(0, width, {_COPY.columns}):
         d = start + tl.arange(0, {_COPY.columns})
         inside = (b < B)[:, None] & (d < width)[None, :]
-        x = tl.load(x_at + b[:, None] * x_b + d[None, :] * x_d, mask=inside, other=0)
+        x = tl.load(x_at + b[:, None] * x_b + d[None, :].to(tl.int64) * x_d, mask=inside, other=0)
         tl.store(to + b[:, None] * to_b + (column + d)[None, :], x, mask=inside)
 """
 

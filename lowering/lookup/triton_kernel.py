@@ -121,7 +121,7 @@ def {name}({_wrapped(parameters, 8)}):
 def _branch(name: str, group: Group) -> str:
     """The programs of one class; the next class counts its programs from the last one's end."""
     count, chunks = len(group.members), group.schedule.chunks
-    rows = "B" if group.length == "1" else f"B * {group.length}"
+    rows = "B" if group.length == "1" else f"tl.cast(B, tl.int64) * {group.length}"
     chunk = f"item % {chunks}" if chunks > 1 else "0"
     block = f"item // {chunks}" if chunks > 1 else "item"
     values = {p: [m[p] for m in group.members] for p in group.members[0]}

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_the_kernels_under_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("interpreted.py"))]
+@pytest.mark.parametrize("name", ["interpreted", "huge_interpreted"])
+def test_the_kernels_under_tritons_interpreter(name):
+    command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name(f"{name}.py"))]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
