@@ -77,7 +77,7 @@ _SINGLE = {
         Schedule(16, 16, 8, 1),
         Schedule(16, 16, 8, 1),
     ),
-    "keys": (Schedule(16, 32, 4, 2), Schedule(16, 32, 4, 1), Schedule(16, 32, 8, 1), Schedule(16, 16, 8, 1)),
+    "keys": (Schedule(16, 32, 4, 2), Schedule(32, 32, 8, 1), Schedule(16, 32, 8, 1), Schedule(16, 16, 8, 1)),
 }
 
 

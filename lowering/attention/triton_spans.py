@@ -3,9 +3,10 @@
     keep: Eq(n0, n1) & (j <= i)     n0: one a query, n1: one a key; a program keeps queries
     ->    (n0_low - n1 <= 0) & (n0_high - n1 >= 0) & (j - last <= 0)     for each key
 
-A first loop over the keys' loads alone finds the first and the last key for which this holds, and the loop over tiles
-runs from one to the other. So samples that lie side by side meet their own keys only; between two documents with the
-same id all is met. A branch in the loop over tiles would skip more there, but Triton pipelines no loads under one.
+A first loop over the keys' loads alone finds the first and the last key for which this holds (none is needed where it
+holds for all keys or none), and the loop over tiles runs from one to the other. So samples that lie side by side meet
+their own keys only; between two documents with the same id all is met. A branch in the loop over tiles would skip more
+there, but Triton pipelines no loads under one.
 """
 
 from collections.abc import Callable, Mapping
@@ -92,32 +93,36 @@ class Meeting:
 
 
 def scan(tile: "Tile", keep: sympy.Basic, first: str, last: str, block: str) -> list[str]:
-    """The loop over positions `first` to `last` that declares `begin` and `end`; none where it would find nothing."""
+    """The statements that declare `begin` and `end` of what is met of `first` to `last`; none where it is all."""
     problem, inner, outer = tile.problem, tile.inner, tile.outer
-    size = tile.sizes[inner]
 
-    def one_of(side: str, name: str) -> bool:
-        return problem.varies(name) == {side}
+    def loads(side: str) -> list[str]:
+        return [name for name in problem.spec.extras if problem.varies(name) == {side}]
 
-    spanned = {n: _ends_of(n) for n in problem.spec.extras if n[0] == "n" and one_of(outer, n)}
+    spanned = {name: _ends_of(name) for name in loads(outer) if name[0] == "n"}
     meeting = Meeting(
-        {symbol(outer): (FIRST, LAST)} | {symbol(n): ends for n, ends in spanned.items()},
+        {symbol(outer): (FIRST, LAST)} | {symbol(name): ends for name, ends in spanned.items()},
         lambda expr: outer not in problem.depends(expr) and not tables_in(expr),
     )
     possible = meeting.possible(keep)
-    read = [n for n in problem.spec.extras if symbol(n) in possible.free_symbols and one_of(inner, n)]
-    known = [n for n in spanned if symbol(n) in meeting.used]
+    read = [name for name in loads(inner) if symbol(name) in possible.free_symbols]
+    known = [name for name in spanned if symbol(name) in meeting.used]
     if not read and not known:
         return []
-    known_size = problem.n if inner == "j" else problem.m
-    step = min(SCANNED, padded(known_size)) if isinstance(known_size, int) else SCANNED
+    extremes = [line for name in known for line in _extremes(tile, name)]
+    condition = tile.printed(possible)
+    if inner not in problem.depends(possible):
+        begin = [f"begin = {first}"] if first != "begin" else []
+        return [*extremes, *begin, f"end = tl.where({bare(condition)}, {last}, 0)"]
+    size, number = tile.sizes[inner], problem.n if inner == "j" else problem.m
+    step = min(SCANNED, padded(number)) if isinstance(number, int) else SCANNED
     return [
-        *(line for n in known for line in _extremes(tile, n)),
+        *extremes,
         f"nearest = tl.full([1, {step}], {size}, tl.int32)",
         f"farthest = tl.zeros([1, {step}], tl.int32)",
         f"for start in range({first}, {last}, {step}):",
         *indent([*tile.numbered(inner, "start", step), *map(tile.load, read)]),
-        f"    met = {tile.inside(inner)} & {tile.printed(possible, whole=True)}",
+        f"    met = {tile.inside(inner)} & {condition}",
         f"    nearest = tl.minimum(nearest, tl.where(met, {inner}, {size}))",
         f"    farthest = tl.maximum(farthest, tl.where(met, {inner} + 1, 0))",
         f"begin = tl.min(nearest) // {block} * {block}",

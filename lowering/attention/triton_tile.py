@@ -278,27 +278,26 @@ class Tile:
         first, last = "0", size
         if low is not None:
             lines.append(
-                f"begin = tl.cast(tl.maximum({self.printed(low)}, 0), tl.int32) // {block} * {block}"
+                f"begin = tl.cast(tl.maximum({bare(self.printed(low))}, 0), tl.int32) // {block} * {block}"
             )
             first = "begin"
         if high is not None:
-            lines.append(f"end = tl.cast(tl.minimum({self.printed(high + 1)}, {size}), tl.int32)")
+            lines.append(f"end = tl.cast(tl.minimum({bare(self.printed(high + 1))}, {size}), tl.int32)")
             last = "end"
-        found = scan(self, keep, first, last, block)
-        if found:
-            first, last = "begin", "end"
-        lines += found
+        met = scan(self, keep, first, last, block)
+        if met:
+            lines, first, last = [*lines, *met], "begin", "end"
         return [*(self._ends() if lines else []), *lines], f"for start in range({first}, {last}, {block}):"
 
     def whole(self) -> str:
         """The head of a loop over everything."""
         return self.span(sympy.true)[1]
 
-    def printed(self, expr: sympy.Basic, whole: bool = False) -> str:
-        """The text of a value that needs no statements; with its parentheses if `whole`."""
+    def printed(self, expr: sympy.Basic) -> str:
+        """The text of a value that needs no statements, in parentheses where it needs them."""
         lines, text = self.statements([]).value(expr)
         assert not lines
-        return (text if whole else bare(text)).replace(FIRST.name, "first").replace(LAST.name, "last")
+        return text.replace(FIRST.name, "first").replace(LAST.name, "last")
 
     def _ends(self) -> list[str]:
         block = "BLOCK_M" if self.outer == "i" else "BLOCK_N"
