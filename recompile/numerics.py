@@ -62,6 +62,7 @@ class Numerics:
     def _first_changed(self, gm: fx.GraphModule, level: str, before: Snapshot) -> fx.Node | None:
         """The first node that the pass kept and whose value differs; the new node that it reads, if there is one."""
         was, now = self._values(gm, before.copy), self._values(gm, gm.graph)
+        node: fx.Node
         for node in gm.graph.nodes:
             twin = before.twins.get(node)
             if twin is not None and _difference(now[node], was[twin], level):
