@@ -7,6 +7,7 @@ to an integer, as `.long()` does), and the symbols that the region defines (`x0`
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import sympy
 import torch
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
+from sympy.printing.str import StrPrinter
 
 trunc = sympy.Function("trunc", real=True)
 
@@ -55,7 +57,16 @@ def parse(text: str) -> sympy.Basic:
 
 def text(expr: sympy.Basic) -> str:
     """The text that `parse` reads."""
-    return str(expr).lower() if isinstance(expr, BooleanTrue | BooleanFalse) else str(expr)
+    shown: str = _Printer().doprint(expr)
+    return shown.lower() if isinstance(expr, BooleanTrue | BooleanFalse) else shown
+
+
+class _Printer(StrPrinter):  # type: ignore[misc]
+    """As `str`, whose 15 digits round the largest double up to infinity: a mask's number, which no infinity is."""
+
+    def _print_Float(self, expr: sympy.Float) -> str:
+        shown: str = super()._print_Float(expr)
+        return repr(float(expr)) if math.isinf(float(shown)) else shown
 
 
 WORDS = (  # what a printer knows

@@ -117,7 +117,10 @@ template <typename A> INLINED A abs(A x) { return x < 0 ? -x : x; }
 template <typename A> INLINED A max(A a, A b) { return a < b ? b : a; }  // NaN where `a` is
 template <typename A> INLINED A min(A a, A b) { return a > b ? b : a; }
 template <typename A> INLINED A mod(A a, A b) { const A m = a % b; return m < 0 ? m + b : m; }
-template <typename A> INLINED A floordiv(A a, A b) { const A d = a / b; return a % b < 0 ? d - 1 : d; }
+template <typename A, typename B> INLINED auto floordiv(A a, B b) {
+  const auto d = a / b;
+  return a % b < 0 ? d - 1 : d;
+}
 template <int n, typename A> INLINED A power(A x) {
   if constexpr (n == 1) return x;
   else if constexpr (n % 2) return x * power<n - 1>(x);

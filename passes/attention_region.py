@@ -138,7 +138,9 @@ class Region:
         return P
 
     def _row_max(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
-        """The row's maximum, which a softmax by hand subtracts: it drops out."""
+        """The row's maximum, which a softmax by hand subtracts: it drops out, also one that takes no gradient."""
+        if node.target is aten.detach.default:
+            return SHIFT if self.element(node.args[0], axes) == SHIFT else None  # type: ignore[arg-type]
         if node.target is operator.getitem and node.args[1] == 0 and node.args[0].target is aten.max.dim:  # type: ignore[union-attr]
             self.covered[node.args[0]] = None  # type: ignore[index]
             node = node.args[0]  # type: ignore[assignment]
@@ -166,12 +168,13 @@ class Region:
         """Checks that `node` reduces the keys of P's rows, and reads what it reduces."""
         given = arguments(node)
         dims = given["dim"] if isinstance(given["dim"], (list, tuple)) else [given["dim"]]
-        if len(dims) != 1 or len(axes) != len(shape(node)) or ("j",) in axes:
+        rank = len(shape(given["self"]))
+        if len(dims) != 1 or len(axes) != (rank if given["keepdim"] else rank - 1) or ("j",) in axes:
             raise Refuse(f"{node.name} is not over the keys", node)
-        inner = list(axes)
+        inner, dim = list(axes), dims[0] % rank
         if given["keepdim"]:
-            del inner[dims[0]]
-        inner.insert(dims[0], ("j",))
+            del inner[dim]
+        inner.insert(dim, ("j",))
         self.element(given["self"], tuple(inner))
 
     def _by_hand(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:

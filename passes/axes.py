@@ -22,7 +22,8 @@ from recompile.torch_private.symbols import SYM, expression
 aten = torch.ops.aten
 Axis = tuple[str, ...]
 Axes = tuple[Axis, ...]
-COPIES = (aten.contiguous, aten.clone, aten.alias, aten.detach, aten._unsafe_view)
+# Not `detach`: what is computed above it gets no gradient, so it is an end.
+COPIES = (aten.contiguous, aten.clone, aten.alias, aten._unsafe_view)
 
 
 class Split(Exception):

@@ -72,7 +72,8 @@ class RewriteAttention(Pass):
                 candidates += _candidates(parts)
         regions = {node for second in candidates for node in (*cone(second.weights), *second.nodes())}
         as_eager = ctx.options.inductor_setting("fallback_random")
-        for second in candidates:
+        # Anew for each: what was replaced meanwhile may have been its weights, or its product.
+        for second in (second for stale in candidates for second in _candidates([stale.found.node])):
             ctx.tried(self.name())
             try:
                 ctx.begin(self.name(), second.found.node)
@@ -97,7 +98,7 @@ class RewriteAttention(Pass):
 
 def _candidates(nodes: Iterable[fx.Node]) -> Iterator[Second]:
     for node in nodes:
-        found = contraction(node) if node.users else None
+        found = contraction(node) if node.users and not node._erased else None
         ways = seconds(found) if found is not None else ()
         chosen = next((way for way in ways if products(cone(way.weights))), None)
         if chosen is not None:
@@ -162,7 +163,8 @@ class _Attempt:
     def _operands(self) -> tuple[tuple[fx.Node, Axes], ...]:
         """q, k and v, as far up as they are views or copies."""
         product, axes = self.region.product, self.region.product_axes
-        assert product is not None
+        if product is None:
+            raise Refuse("the weights are made of no product of queries and keys", self.root)
         of = dict(zip(product.letters[2], axes, strict=True)) | {product.summed: ("d",)}
         nodes = zip((product.left, product.right), product.letters, strict=False)
         sides = [(node, tuple(of.get(x, ()) for x in letters)) for node, letters in nodes]
