@@ -62,8 +62,8 @@ _HALF = {  # Matrix units: accumulators fill the registers.
     ),
     "keys": (Schedule(32, 64, 4, 2), Schedule(16, 32, 4, 2), Schedule(32, 32, 4, 2), Schedule(16, 32, 4, 2)),
 }
-# Exact float32 has no matrix unit on NVIDIA: a thread holds rows of its operands. What a program keeps is the larger
-# side of its tile, since the other side is read again for each. Light ones have registers left for a second stage.
+# Exact float32 has no matrix unit on NVIDIA: a thread holds rows of its operands. What a program keeps is no smaller
+# than what it loops over, which each program reads again. Light ones have registers left for a second stage.
 _SINGLE = {
     "forward": (
         Schedule(32, 16, 4, 2),
