@@ -114,8 +114,9 @@ class CppRegion(ir.ExternKernel):
         signature = f'extern "C" void {entry}({", ".join(definitions)})'
         include, guard = _profiled(f"recompile::{self.title} graph_{V.graph.graph_id} {name}")
         # With `cpp_wrapper` all kernels of a graph are one file: what each defines has a namespace of its own.
-        inner = f"namespace {{ namespace of_{entry} {{\n{functions}\n}} }}"
-        kernel = f"RECOMPILE_ENTRY\n{signature} {{\n  using namespace of_{entry};{guard}{body}\n}}\n"
+        space = f"of_{entry}"
+        inner = f"namespace {{\nnamespace {space} {{\n{functions}\n}}  // namespace {space}\n}}  // namespace"
+        kernel = f"RECOMPILE_ENTRY\n{signature} {{\n  using namespace {space};{guard}{body}\n}}\n"
         first = f"// recompile::{self.title}, spec {digest(self.spec)}\n{include}"
         source = f"{first}{_HEADER}\n{inner}\n\n{kernel}"
         if not V.graph.cpp_wrapper:
