@@ -95,8 +95,13 @@ def _output(graph: fx.Graph, index: int) -> fx.Node:
 
 
 def _difference(new: Any, old: Any, level: str) -> str:
-    """How two values, or two lists of them, differ beyond the level's tolerance; "" if they do not."""
+    """How two values, or two lists of them, differ beyond the level's tolerance; "" if they do not.
+
+    Only tensors and numbers are compared: a node may also be a device or a size.
+    """
     for a, b in zip(tree_leaves(new), tree_leaves(old), strict=True):
+        if not isinstance(b, (torch.Tensor, int, float)):
+            continue
         try:
             torch.testing.assert_close(a, b, equal_nan=True, **_tolerance(level, b))
         except AssertionError as error:
