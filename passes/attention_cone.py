@@ -7,8 +7,6 @@ import operator
 import torch
 from torch import fx
 
-from recompile.rewrite import is_pure
-
 from . import score_ops
 from .contractions import contraction
 
@@ -63,7 +61,8 @@ _TRANSPARENT = {
     aten.softmax, aten._softmax, aten._safe_softmax,
     aten.amax, aten.max, aten.sum, aten.tril, aten.triu, aten.index, aten.embedding,
     aten.unsqueeze, aten.permute, aten.expand, aten.repeat, aten.repeat_interleave, aten.contiguous, aten.clone,
-    aten.alias, aten.detach, aten._unsafe_view, aten.reshape, aten.view, aten.squeeze, aten.masked_fill_,
+    aten.alias, aten.detach, aten._unsafe_view, aten.reshape, aten.view, aten.squeeze,
+    aten.select_scatter, aten.slice_scatter,
     aten.dropout, aten.feature_dropout, aten.logsumexp, *CASTS,
 }  # fmt: skip
 
@@ -87,11 +86,3 @@ def path(nodes: dict[fx.Node, None], products: list[fx.Node]) -> set[fx.Node]:
         if not is_filled(node) and any(n in path for n in node.all_input_nodes):
             path.add(node)
     return path
-
-
-def is_constant_or_pure(node: fx.Node) -> bool:
-    """Whether `node` can be computed anew: also a `masked_fill_` of a fresh constant that nobody else has."""
-    if node.target is not aten.masked_fill_.Scalar:
-        return is_pure(node)
-    fresh = node.args[0]
-    return is_filled(fresh) and list(fresh.users) == [node]  # type: ignore[arg-type, union-attr]

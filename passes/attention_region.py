@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from recompile.lowering import scalar
 from recompile.lowering.score import S, atleast, atmost, kind, tables_in, trunc, uniform, where
 from recompile.lowering.score import table as table_of
-from recompile.rewrite import Refuse, arguments, same
+from recompile.rewrite import Refuse, arguments, is_pure, same
 from recompile.torch_private.symbols import SYM, expression
 
 from . import score_ops
@@ -31,7 +31,6 @@ from .attention_cone import (
     FILLED,
     SOFTMAX,
     cone,
-    is_constant_or_pure,
     is_filled,
     path,
     products,
@@ -197,10 +196,37 @@ class Region:
             return score_ops.cast(self.element(node.args[0], axes), node.meta["val"].dtype)  # type: ignore[arg-type]
         if packet in (aten.tril, aten.triu):
             return self._triangle(node, axes)
+        if packet in (aten.select_scatter, aten.slice_scatter):
+            return self._scattered(node, axes)
         view = before_view(node, axes)
         if view is not None:
             return self.element(*view)
         return score_ops.apply(node, lambda x: self._operand(x, axes))
+
+    def _scattered(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
+        """`x[:, 3:] = y`: y where a position is, x elsewhere; None where y has a value for each such position."""
+        given = arguments(node)
+        dim, src = given["dim"], given["src"]
+        position, size = _position(axes[dim]), self.size(shape(node)[dim])
+        if position is None:
+            return None
+
+        def place(name: str, default: sympy.Basic) -> sympy.Basic:
+            at = default if given[name] is None else self.size(given[name])
+            return at + size if at.is_negative else at
+
+        if "index" in given:
+            inside, rest = sympy.Eq(position, place("index", size)), axes[:dim] + axes[dim + 1 :]
+        else:
+            while src.target is aten.expand.default:
+                src = src.args[0]
+            rest = axes
+            along = aligned(src, tuple(("j",) if k == dim else () for k in range(len(axes))))
+            if given["step"] != 1 or ("j",) in along:
+                return None
+            inside = sympy.And(position >= place("start", sympy.Integer(0)), position < place("end", size))
+        chosen, other = self.element(src, aligned(src, rest)), self.element(given["self"], axes)
+        return score_ops.choose(inside, chosen, other)
 
     def _triangle(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
         rows, columns = (_position(axis) for axis in axes[-2:])
@@ -242,11 +268,7 @@ class Region:
         return all(user in self.regions for user in node.users) or scalar.is_truth(expr)
 
     def _inlined(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
-        if (
-            node.op != "call_function"
-            or not isinstance(node.target, OpOverload)
-            or not is_constant_or_pure(node)
-        ):
+        if node.op != "call_function" or not isinstance(node.target, OpOverload) or not is_pure(node):
             return None
         packet = node.target.overloadpacket
         if packet in CONSTANTS:

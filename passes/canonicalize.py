@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch._ops import OpOverload
 
+from recompile.passes import spellings_of_writes  # noqa: F401  (it adds to SPELLINGS)
 from recompile.passes.spellings import SPELLINGS, Spelling, spellings_of
 from recompile.rewrite import (
     Builder,

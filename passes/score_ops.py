@@ -68,6 +68,13 @@ def truth(expr: Expr) -> Expr:
     return sympy.Ne(expr, 0)
 
 
+def choose(condition: Expr, new: Expr, old: Expr) -> Expr:
+    """`new` where the condition holds, as a truth if `old` is one, else `old`."""
+    if scalar.is_truth(old):
+        return sympy.Or(sympy.And(condition, truth(new)), sympy.And(sympy.Not(condition), old))
+    return where(sympy.Not(condition), old, real(new))
+
+
 def _lifted(function: Callable[..., Expr]) -> Callable[..., Expr]:
     """`f(where(c, 1, 0), 2)` is `where(c, f(1, 2), f(0, 2))`: masks made by arithmetic stay masks."""
 
@@ -182,12 +189,7 @@ def _where(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
 
 
 def _masked_fill(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
-    x = of(given["self"])
-    value = of(given["value"])
-    mask = truth(of(given["mask"]))
-    if scalar.is_truth(x):
-        return sympy.Or(sympy.And(mask, truth(value)), sympy.And(sympy.Not(mask), x))
-    return where(sympy.Not(mask), x, value)
+    return choose(truth(of(given["mask"])), of(given["value"]), of(given["self"]))
 
 
 def _leaky(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
@@ -247,7 +249,6 @@ _OPS: dict[Any, Callable[..., Expr | None]] = {
     aten.minimum: _binary(lambda a, b: where(a <= b, a, b)),
     aten.where: _where,
     aten.masked_fill: _masked_fill,
-    aten.masked_fill_: _masked_fill,  # of a fresh constant only
     aten.eq: _compare(sympy.Eq),
     aten.ne: _compare(sympy.Ne),
     aten.lt: _compare(sympy.Lt),

@@ -27,6 +27,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 from recompile.known import OWN_META, Known, Unknown
+from recompile.rewrite.schema import out_of_place
 from recompile.torch_private.predispatch import listening
 from recompile.verbatim import (
     ENTER_AUTOCAST,
@@ -156,8 +157,8 @@ class _Copier:
     def rename(self, op: OpOverload, written: torch.Tensor) -> OpOverload:
         """`x.t_()` gives the name x to the view `x.t()`: return the operator that makes the view."""
         node = self.known.argument(written)
-        view = _view_of(op)
-        if view is None or "example_value" in node.meta:
+        view = out_of_place(op)
+        if view is None or not view.is_view or "example_value" in node.meta:
             raise _ShapeWrite(op)
         before = written.detach()
         while isinstance(node, fx.Node) and node.meta["val"] is written:  # through other in-place operators
@@ -216,20 +217,12 @@ class _Copier:
                 EXIT_AUTOCAST(self.autocasts.pop())
 
 
-def _view_of(op: OpOverload) -> OpOverload | None:
-    """The operator without the underscore and with the same arguments, if it makes a view."""
-    packet = getattr(torch.ops.aten, op.overloadpacket.__name__.removesuffix("_"), None)
-    overloads = [getattr(packet, name) for name in packet.overloads()] if packet else []
-    same = (o for o in overloads if o.is_view and _arguments(o) == _arguments(op))
-    return next(same, None)
-
-
-def _arguments(op: OpOverload) -> list[tuple[str, str]]:
-    return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
-
-
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args: Any
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.target is operator.setitem and isinstance(args[2], (bool, int, float)):
+        # A number would become a tensor where the listener does not hear it.
+        args = (*args[:2], torch.full((), args[2], dtype=args[0].dtype, device=args[0].device))
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -29,7 +29,7 @@ class Seen:
 
 
 def capture(model: Callable[..., Any], *args: Any, dynamic: bool | None = False) -> fx.GraphModule:
-    """The graph that a rule sees: ATen operators before autograd, canonicalized.
+    """The graph that a rule sees: ATen operators before autograd, functionalized and canonicalized.
 
     Args:
         args: what the model is called with.
@@ -183,7 +183,7 @@ def _see(model: Callable[..., Any], args: Sequence[Any], dynamic: bool | None = 
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = _capture.capture(gm).gm
-        run_passes(captured, Options(strict=True, passes="canonicalize"), GraphRecord())
+        run_passes(captured, Options(strict=True, passes="functionalize,canonicalize"), GraphRecord())
         seen.append(Seen(captured, [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]))
         return gm.forward
 

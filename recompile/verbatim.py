@@ -57,8 +57,6 @@ def why_opaque(node: fx.Node, values: dict[fx.Node, Any]) -> str | None:
         return "it calls a module"
     if isinstance(node.target, HigherOrderOperator):
         return "it is a higher-order operator, with graphs or a backward of its own"
-    if node.target is operator.setitem:
-        return "it writes into a part of a tensor"
     if node.target in _SWITCHES:
         return "it switches autocast or grad mode"
     if "unbacked_bindings" in node.meta:

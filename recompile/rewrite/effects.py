@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +19,13 @@ from recompile.torch_private.symbols import expression
 
 _ENTER: Any = torch.amp.autocast_mode._enter_autocast
 _EXIT: Any = torch.amp.autocast_mode._exit_autocast
+_GRAD: Any = torch._C._set_grad_enabled
 _INPUTS = ("placeholder", "get_attr")
 # These write to their running statistics, though their schema does not say so.
 _STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+
+# Copied verbatim since their result's size or value depends on data; they read and do nothing else.
+_READS = {"argwhere", "bincount", "item", "masked_select", "nonzero", "repeat_interleave", "unique"}
 
 
 def updates_statistics(node: fx.Node) -> bool:
@@ -79,6 +84,8 @@ class Effects:
         self.autocasts: dict[fx.Node, tuple[fx.Node, ...]] = {}  # the autocast switches open at a node
         self.walls: list[fx.Node] = []  # the one at `i` ends region `i`
         self.owner: dict[int, fx.Node] = {}  # memory -> the first node that has it
+        self._holders: dict[int, list[fx.Node]] = {}
+        self.grad_switches: list[fx.Node] = []
         self._writes: dict[int, list[int]] = {}
         self._by_order: list[fx.Node] = []
         open_now: tuple[fx.Node, ...] = ()
@@ -109,6 +116,13 @@ class Effects:
         """Take in the memory of `node`'s value."""
         for storage in storages(node):
             self.owner.setdefault(storage, node)
+            self._holders.setdefault(storage, []).append(node)
+
+    def sharing(self, node: fx.Node) -> set[fx.Node]:
+        """The nodes that share memory with `node`, itself included."""
+        memory = set(storages(node))
+        held = (n for storage in memory for n in self._holders.get(storage, ()))
+        return {n for n in held if not n._erased and memory & set(storages(n))}
 
     def between(self, node: fx.Node, other: fx.Node) -> fx.Node | None:
         """The wall that keeps `node` from being computed where `other` stands, or None."""
@@ -155,6 +169,10 @@ class Effects:
         """The nodes that write to this memory, in order."""
         return [self._by_order[place] for place in self._writes.get(storage, ())]
 
+    def written(self) -> list[fx.Node]:
+        """The first node of each memory that is written to, in the order of the first writes."""
+        return list(dict.fromkeys(self.owner[storage] for storage in self._writes))
+
     def _exposed(self, storage: int, old: fx.Node, after: set[int]) -> bool:
         others = storage in self._held or (self._outputs[storage] > 1 and self._shared({storage}, [old]))
         return others or any(s in self._held or self._outputs[s] for s in after)
@@ -174,8 +192,12 @@ class Effects:
             given = arguments(node)
             infos = [(arg.name, arg.alias_info) for arg in node.target._schema.arguments]
             self._write(node, [given[name] for name, info in infos if info is not None and info.is_write])
-        else:
+        elif node.target is operator.setitem:
+            self._write(node, [node.args[0]])
+        elif "unbacked_bindings" not in node.meta or op_name(node.target) not in _READS:
             self.walls.append(node)
+            if node.target is _GRAD:
+                self.grad_switches.append(node)
             self._write(node, node.all_input_nodes)  # for all we know
 
     def _write(self, node: fx.Node, written: list[Any]) -> None:

@@ -69,6 +69,24 @@ def is_commutative(op: OpOverload) -> bool:
     return op.namespace == "aten" and op_name(op) in _COMMUTATIVE
 
 
+_OPERATORS = {"__iand__": "bitwise_and", "__ior__": "bitwise_or", "__ixor__": "bitwise_xor"}
+
+
+@cache
+def out_of_place(op: OpOverload) -> OpOverload | None:
+    """The operator that computes what `op` writes into its first argument: `add` of `add_`; None if there is none."""
+    name = op_name(op)
+    if op.namespace != "aten" or not (name in _OPERATORS or name.endswith("_")):
+        return None
+    packet = getattr(torch.ops.aten, _OPERATORS.get(name, name[:-1]), None)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet else []
+    return next((found for found in overloads if _types(found) == _types(op)), None)
+
+
+def _types(op: OpOverload) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+
+
 def bind(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The given arguments by schema name, or None if `op` cannot be called like this."""
     positional, names = _names(op)

@@ -254,10 +254,9 @@ def test_nothing_is_checked_when_not_asked_for():
 
 def test_effects_keep_their_order():
     def writes(x, y):
-        a, b = x.clone(), y.clone()
-        a.add_(1)
-        b.mul_(2)
-        return a, b
+        x.add_(1)
+        y.mul_(2)
+        return x + y
 
     def swapped(graph):
         node(graph, "mul_").append(node(graph, "add_"))
@@ -268,7 +267,7 @@ def test_effects_keep_their_order():
 
 
 def test_a_graph_with_effects_is_not_run_for_its_numbers(caplog):
-    _, (record,) = run(Second(), verify="numerics", model=lambda x, y: (x.clone().add_(1), y * 1))
+    _, (record,) = run(Second(), verify="numerics", model=lambda x, y: (x.add_(1), y * 1))
     assert record.error == "" and "verify=numerics is not possible" in caplog.text
 
 
