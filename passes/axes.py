@@ -39,6 +39,20 @@ def shape(node: fx.Node) -> Any:
     return getattr(node.meta.get("val"), "shape", ())
 
 
+def layout(x: torch.Tensor) -> tuple[int, ...] | None:
+    """The dims of `x` as they lie in memory, outermost first; None if there are gaps between its elements."""
+    left, found = list(range(x.dim())), list[int]()
+    step: Any = 1
+    while left:
+        inner = (k for k in reversed(left) if same(x.shape[k], 1) or same(x.stride(k), step))
+        if (dim := next(inner, None)) is None:
+            return None
+        left.remove(dim)
+        found.insert(0, dim)
+        step = step * torch.sym_max(x.shape[dim], 1)  # type: ignore[no-untyped-call]  # as torch does
+    return tuple(found)
+
+
 def before_view(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
     """The tensor that `node` is a view, a copy or a repetition of, and its axes; None if it is not one.
 

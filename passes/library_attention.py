@@ -7,9 +7,7 @@ docs/attention.md), and with dropout the library has none, so there the call is 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -18,9 +16,9 @@ from torch import fx
 
 from recompile.lowering import score as language
 from recompile.lowering.attention import Attention
-from recompile.rewrite import Builder, Effects, Refuse, arguments, replace, same
+from recompile.rewrite import Builder, Effects, Refuse, arguments, replace
 
-from .axes import shape
+from .axes import layout, shape
 
 aten = torch.ops.aten
 SOFTMAX = aten._safe_softmax.default
@@ -80,23 +78,11 @@ def _spelled(given: dict[str, object], value: torch.Tensor, build: Builder) -> f
 
 def _laid_out(out: fx.Node, like: torch.Tensor, build: Builder) -> fx.Node:
     """`out` in memory as the library lays it out, which follows the queries: heads may lie inside the rows."""
-    dims = range(like.dim())
-    orders = [(*order, dims[-1]) for order in itertools.permutations(dims[:-1])]
-    order = next((order for order in orders if _lies(like, order)), orders[0])
-    if order == orders[0]:
+    order, plain = layout(like), tuple(range(like.dim()))
+    if order is None or order == plain or order[-1] != plain[-1]:
         return out
     turned = build.call(aten.contiguous.default, build.call(aten.permute.default, out, list(order)))
-    return build.call(aten.permute.default, turned, [order.index(dim) for dim in dims])
-
-
-def _lies(x: torch.Tensor, order: Sequence[int]) -> bool:
-    """Whether the dims of `x` lie in memory in this order, outermost first, without gaps."""
-    step: Any = 1
-    for dim in reversed(order):
-        if not (same(x.shape[dim], 1) or same(x.stride(dim), step)):
-            return False
-        step = step * torch.sym_max(x.shape[dim], 1)  # type: ignore[no-untyped-call]  # as torch does
-    return True
+    return build.call(aten.permute.default, turned, [order.index(dim) for dim in plain])
 
 
 def by_library(spec: Attention, device: str, rank: int) -> dict[str, object] | None:

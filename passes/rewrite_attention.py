@@ -45,7 +45,7 @@ from .attention_cone import cone, products
 from .attention_ends import Second, delivered, furthest, seconds, split_sum
 from .attention_region import Region
 from .attention_softmax import P, factor, logarithm, row_sum, unshifted
-from .axes import Axes, Split, arrange, shape
+from .axes import Axes, Split, arrange, layout, shape
 from .contractions import contraction
 from .library_attention import LIBRARY, by_library, spell_out, take_back
 from .score_masks import divided, masks
@@ -204,6 +204,8 @@ class _Attempt:
     def replace(self) -> None:
         """Puts the op in."""
         target, axes = delivered(self.root, self.second.axes[2])
+        lies = layout(target.meta["val"]) or tuple(range(len(axes)))
+        axes = tuple(axes[k] for k in lies)
         op = op_for(self.root.meta["val"].device.type)
         if op is None:
             raise Refuse(f"there is no kernel for {self.root.meta['val'].device.type}", self.root)
@@ -226,8 +228,10 @@ class _Attempt:
             out = self._divided(out, build)
             if spec.order:
                 out = build.call(aten.permute.default, out, list(spec.order))
-            if not same(shape(out), shape(target)):
+            if not same(shape(out), [shape(target)[k] for k in lies]):
                 out = build.call(aten.reshape.default, out, self._shape(axes))
+            if lies != tuple(sorted(lies)):
+                out = build.call(aten.permute.default, out, [lies.index(k) for k in range(len(lies))])
             replace((target,), out, build)
         finally:
             build.discard()
