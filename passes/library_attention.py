@@ -8,7 +8,6 @@ docs/attention.md), and with dropout the library has none, so there the call is 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import sympy
 import torch
