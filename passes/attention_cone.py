@@ -7,8 +7,11 @@ import operator
 import torch
 from torch import fx
 
+from recompile.rewrite import same
+
 from . import score_ops
-from .contractions import contraction
+from .axes import shape
+from .contractions import Contraction, contraction
 
 aten = torch.ops.aten
 CASTS = (aten.to, aten._to_copy)
@@ -37,14 +40,44 @@ def cone(weights: fx.Node) -> dict[fx.Node, None]:
 
 
 def products(nodes: dict[fx.Node, None]) -> list[fx.Node]:
-    """The contractions among the nodes that may be of queries and keys.
-
-    Without a softmax on the way, both sides must have a dim in common beside the summed one, such as samples:
-    a linear layer's have none.
-    """
-    softmax = any(n.target in (*SOFTMAX, aten.exp.default) for n in nodes)
+    """The contractions among the nodes that may be of queries and keys: without a softmax on the way no layers."""
     found = [(n, contraction(n)) for n in nodes]
-    return [n for n, c in found if c is not None and (softmax or c.common())]
+    return [n for n, c in found if c is not None and (has_softmax(nodes) or not is_layer(c))]
+
+
+def has_softmax(nodes: dict[fx.Node, None]) -> bool:
+    """Whether one of the nodes is a softmax, or what one by hand is made of."""
+    return any(n.target in (*SOFTMAX, aten.exp.default) for n in nodes)
+
+
+def is_layer(found: Contraction) -> bool:
+    """Whether one side of a contraction is the same whatever the model is called with, or one term is summed.
+
+    Not if both have a dim in common beside the summed one, such as samples.
+    """
+    if same(shape(found.left)[found.letters[0].index(found.summed)], 1):
+        return True
+    return not (found.common() or (is_computed(found.left) and is_computed(found.right)))
+
+
+def is_computed(node: fx.Node) -> bool:
+    """Whether `node` depends on a tensor that the model is called with: no parameter, buffer or constant."""
+    seen, left = {node}, [node]
+    while left:
+        node = left.pop()
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor) and not _is_held(node):
+            return True
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        left += new
+    return False
+
+
+def _is_held(node: fx.Node) -> bool:
+    """Whether an input of the graph is a parameter, a buffer or a constant of the model."""
+    source = str(getattr(getattr(node, "_dynamo_source", None), "name", ""))
+    exported = "recompile_name" in node.meta
+    return isinstance(node.meta["val"], torch.nn.Parameter) or exported or "._buffers[" in source
 
 
 def _is_transparent(node: fx.Node) -> bool:

@@ -47,6 +47,21 @@ class Second:
         new = [tuple(_parted(axis, atom, parts) for axis in axes) for axes in self.axes]
         self.axes = (new[0], new[1], new[2])
 
+    def turn(self, atom: str) -> None:
+        """The queries are another of the weights' axes that the values lack: one of heads was taken for them."""
+        names = {"i": atom, atom: "i"}
+        self.sizes.update([(names[old], self.sizes[old]) for old in names])
+        new = [tuple(tuple(names.get(a, a) for a in axis) for axis in axes) for axes in self.axes]
+        self.axes = (new[0], new[1], new[2])
+
+
+class Turn(Exception):
+    """The queries are the axis `atom`, not the one that was taken for them."""
+
+    def __init__(self, atom: str) -> None:
+        super().__init__(atom)
+        self.atom = atom
+
 
 def _parted(axis: Axis, atom: str, parts: list[str]) -> Axis:
     return tuple(x for a in axis for x in (parts if a == atom else [a]))
@@ -59,10 +74,10 @@ def seconds(found: Contraction) -> Iterator[Second]:
         out = found.letters[2]
         queries = [x for x in out if x and x in mine and x not in other]
         features = [x for x in out if x and x in other and x not in mine]
-        if found.added is not None or len(features) > 1:
+        if found.added is not None:
             continue
-        names = {found.summed: "j"} | dict.fromkeys(features, "e")
-        names |= dict.fromkeys(queries[-1:], "i")  # heads that share their values come before
+        names = {found.summed: "j"} | dict.fromkeys(features[-1:], "e")
+        names |= dict.fromkeys(queries[-1:], "i")  # heads that share their values come before, see `turn`
         batch = [x for x in out if x and x not in names]
         names |= {x: f"b{k}" for k, x in enumerate(batch)}
         sizes: dict[str, Any] = {}

@@ -41,11 +41,11 @@ from recompile.rewrite import (
 )
 from recompile.torch_private.symbols import SYM
 
-from .attention_cone import cone, products
-from .attention_ends import Second, delivered, furthest, seconds, split_sum
+from .attention_cone import cone, has_softmax, is_computed, is_layer, products
+from .attention_ends import Second, Turn, delivered, furthest, seconds, split_sum
 from .attention_region import Region
 from .attention_softmax import P, factor, logarithm, row_sum, unshifted
-from .axes import Axes, Split, arrange, layout, shape
+from .axes import Axes, Split, arrange, atoms, layout, shape
 from .contractions import contraction
 from .library_attention import LIBRARY, by_library, spell_out, take_back
 from .score_masks import divided, masks
@@ -100,9 +100,14 @@ def _candidates(nodes: Iterable[fx.Node]) -> Iterator[Second]:
     for node in nodes:
         found = contraction(node) if node.users and not node._erased else None
         ways = seconds(found) if found is not None else ()
-        chosen = next((way for way in ways if products(cone(way.weights))), None)
+        chosen = next((way for way in ways if _may_be(way)), None)
         if chosen is not None:
             yield chosen
+
+
+def _may_be(second: Second) -> bool:
+    nodes = cone(second.weights)
+    return bool(products(nodes)) and (has_softmax(nodes) or not is_layer(second.found))
 
 
 def _rewrite(second: Second, effects: Effects, rule: str, regions: set[fx.Node], as_eager: bool) -> None:
@@ -116,6 +121,8 @@ def _rewrite(second: Second, effects: Effects, rule: str, regions: set[fx.Node],
             return _Attempt(second, effects, rule, regions, as_eager).replace()
         except Split as split:
             second.split(split.atom, split.sizes)
+        except Turn as turn:
+            second.turn(turn.atom)
 
 
 class _Attempt:
@@ -138,6 +145,11 @@ class _Attempt:
         if not self.softmax:
             self._divide_later()
         self.q, self.k, self.v = self._operands()
+        # The axes of the scores that only loads have: q is repeated along them.
+        own = {*atoms(self.q[1]), *atoms(self.k[1])}
+        self.loaded = {x for _, axes in self.region.loads.values() for x in atoms(axes)}.difference(
+            own, "ijt"
+        )
         self._check()
 
     def _normalized_later(self, weight: sympy.Basic) -> tuple[fx.Node, sympy.Basic]:
@@ -169,10 +181,14 @@ class _Attempt:
         nodes = zip((product.left, product.right), product.letters, strict=False)
         sides = [(node, tuple(of.get(x, ()) for x in letters)) for node, letters in nodes]
         keys = [("j",) in side[1] for side in sides]
-        queries = [("i",) in side[1] for side in sides]
-        if keys.count(True) != 1 or any(a and b for a, b in zip(keys, queries, strict=True)):
+        if keys.count(True) != 1:
             raise Refuse("the scores are no product of a query and a key", product.node)
         q, k = sides[::-1] if keys[0] else sides
+        if ("i",) in k[1]:
+            apart = {*atoms(q[1])}.difference(atoms(k[1]), atoms(self.second.axes[1]), "d")
+            if len(apart) != 1:
+                raise Refuse("the scores are no product of a query and a key", product.node)
+            raise Turn(apart.pop())
         self.second.sizes["d"] = shape(k[0])[k[1].index(("d",))]
         return tuple(furthest(n, a) for n, a in (q, k, (self.second.values, self.second.axes[1])))
 
@@ -190,8 +206,13 @@ class _Attempt:
         dtypes = {self.root.meta["val"].dtype, region.product.node.meta["val"].dtype}
         if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
             raise Refuse(f"the contractions are of {', '.join(sorted(map(str, dtypes)))}", self.root)
-        if not self.softmax and not any(axis and axis[0][0] == "b" for axis in self.k[1]):
+        shared = not any(axis and axis[0][0] == "b" for axis in self.k[1]) and not is_computed(self.k[0])
+        if shared and not (self.softmax and ("i",) in self.q[1]):
             raise Refuse("the keys are the same for all samples: it is a layer, no attention", self.root)
+        if {*atoms(self.v[1])}.difference(atoms(self.q[1]), atoms(self.k[1]), self.loaded, "je"):
+            raise Refuse(
+                "the weights are the same for all samples, or heads: they are computed once", self.root
+            )
         if not self.softmax and sympy.diff(self.score, S).is_number:
             raise Refuse("the scores are used as they are: it is a chain of products", self.root)
         if not _is_many(self.second.sizes["j"]):
@@ -219,6 +240,9 @@ class _Attempt:
                 self._laid_out(*operand, atoms, dtype, build)
                 for operand, atoms in zip((self.q, self.k, self.v), wanted, strict=True)
             ]
+            if self.loaded:
+                sizes = [self.second.sizes[x] if x in self.loaded else -1 for x in wanted[0]]
+                given[0] = build.call(aten.expand.default, given[0], sizes)
             extras = [self._extra(name, *place, build) for name, place in loads.items()]
             how = by_library(spec, self.root.meta["val"].device.type, len(batch) + 2)
             if how is not None:

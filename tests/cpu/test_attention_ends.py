@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recompile.testing import assert_rewritten_same
+from recompile.passes.rewrite_attention import RewriteAttention
+from recompile.testing import assert_refuses, assert_rewritten_same
 
 B, H, N, D = 3, 2, 7, 8
 
@@ -53,3 +55,80 @@ def test_the_result_lies_as_eager_s(order, sizes):
     for read in (lambda out: out * 2, lambda out: out.reshape(out.shape[0], out.shape[1], -1)):
         found = ends(lambda *qkv, read=read: attend(*qkv, read), [(B, N, H, D)] * 3, *SIZES[sizes])
         assert found == (1, [])
+
+
+def soft(scores):
+    return scores.softmax(-1)
+
+
+Q, BATCH, HEADS = (N, D), (B, N, D), (B, H, N, D)
+ONCE = "the weights are the same for all samples, or heads: they are computed once"
+LAYER = "the keys are the same for all samples: it is a layer, no attention"
+CASES = {  # the model, the shapes of its inputs, and the refusal; None if it is rewritten
+    "one sample, no heads: silu": (lambda q, k, v: F.silu(q @ k.T) @ v, [Q] * 3, None),
+    "one sample, no heads: relu squared": (lambda q, k, v: F.relu(q.mm(k.t())) ** 2 / N @ v, [Q] * 3, None),
+    "shared queries": (lambda q, k, v: soft(q @ k.mT) @ v, [Q, BATCH, BATCH], None),
+    "shared values": (lambda q, k, v: soft(q @ k.mT) @ v, [HEADS, HEADS, Q], None),
+    "shared values, heads inside": (
+        lambda q, k, v: torch.einsum("bhnm,md->bnhd", soft(q @ k.mT), v), [HEADS, HEADS, Q], None,
+    ),
+    "samples only in the bias": (lambda q, k, v, b: soft(q @ k.mT + b) @ v, [Q, Q, Q, (B, N, N)], None),
+    "samples only in the bias and the values": (
+        lambda q, k, v, b: soft(q @ k.mT + b) @ v, [Q, Q, BATCH, (B, N, N)], None,
+    ),
+    "heads only in the bias": (
+        lambda q, k, v, b: soft((q @ k.mT)[:, None] + b) @ v[:, None], [BATCH] * 3 + [(H, N, N)], None,
+    ),
+    "positions only": (lambda q, k, v: soft(q @ k.mT) @ v, [Q, Q, BATCH], ONCE),
+    "positions only, in heads": (
+        lambda q, k, v: torch.einsum("hnm,bmd->bhnd", soft(q @ k.mT), v), [(H, N, D)] * 2 + [BATCH], ONCE,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_shared(name, dynamic):
+    """Scores of each sample are never held; scores that all samples share are computed once, as in eager."""
+    function, shapes, why = CASES[name]
+    assert ends(function, shapes, dynamic) == ((1, []) if why is None else (0, [why]))
+
+
+class Gates(nn.Module):
+    """Layers that multiply by parameters: a perceptron, a gated one, a cross layer, a mixture, an excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate = (nn.Parameter(torch.randn(D, 2 * D).double()) for _ in range(2))
+        self.down, self.vector = (
+            nn.Parameter(torch.randn(2 * D, D).double()),
+            nn.Parameter(torch.randn(D, 1).double()),
+        )
+        self.register_buffer("fixed", torch.randn(D, D).double())
+
+    def forward(self, x):
+        x = F.silu(x @ self.up) @ self.down + F.silu(x @ self.fixed) @ self.fixed
+        x = (F.silu(x @ self.up) * torch.sigmoid(x @ self.gate)) @ self.down
+        column = x[..., None]
+        crossed = column @ (column.mT @ self.vector) + column
+        x = (self.fixed @ crossed)[..., 0]
+        experts = torch.stack([x * k for k in range(2 * D)], 1)
+        x = (torch.sigmoid(x @ self.gate)[..., None] * experts).sum(1)
+        return x * torch.sigmoid(F.relu(x @ self.up) @ self.down)
+
+
+def test_layers_are_no_attention():
+    """Not even refused: there is nothing to say about them."""
+    torch.manual_seed(0)
+    _, record = assert_rewritten_same(Gates(), (torch.randn(N, D, dtype=torch.float64),))
+    (rule,) = [r for e in record.passes for r in e.rules if r.name == "rewrite-attention"]
+    assert rule.tried == 0
+
+
+def test_a_softmax_gate_is_a_layer():
+    class Mixture(Gates):
+        def forward(self, x):
+            experts = torch.stack([x * k for k in range(2 * D)], 1)
+            return torch.einsum("be,bed->bd", soft(x @ self.gate), experts)
+
+    assert_refuses(RewriteAttention, Mixture(), (torch.randn(N, D, dtype=torch.float64),), why=LAYER)
