@@ -11,6 +11,7 @@ from recompile.rewrite import same
 
 from . import score_ops
 from .axes import shape
+from .computed import is_computed
 from .contractions import Contraction, contraction
 
 aten = torch.ops.aten
@@ -32,10 +33,10 @@ def cone(weights: fx.Node) -> dict[fx.Node, None]:
         if node in found or node.op != "call_function" or not held:
             continue
         found[node] = None
-        if contraction(node) is None:
+        if (product := contraction(node)) is None:
             left += [n for n in node.all_input_nodes if _is_transparent(node)]
-        elif node.target is aten.baddbmm.default:
-            left.append(node.args[0])  # type: ignore[arg-type]
+        elif product.added is not None:
+            left.append(product.added)
     return found
 
 
@@ -58,26 +59,6 @@ def is_layer(found: Contraction) -> bool:
     if same(shape(found.left)[found.letters[0].index(found.summed)], 1):
         return True
     return not (found.common() or (is_computed(found.left) and is_computed(found.right)))
-
-
-def is_computed(node: fx.Node) -> bool:
-    """Whether `node` depends on a tensor that the model is called with: no parameter, buffer or constant."""
-    seen, left = {node}, [node]
-    while left:
-        node = left.pop()
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor) and not _is_held(node):
-            return True
-        new = [n for n in node.all_input_nodes if n not in seen]
-        seen.update(new)
-        left += new
-    return False
-
-
-def _is_held(node: fx.Node) -> bool:
-    """Whether an input of the graph is a parameter, a buffer or a constant of the model."""
-    source = str(getattr(getattr(node, "_dynamo_source", None), "name", ""))
-    exported = "recompile_name" in node.meta
-    return isinstance(node.meta["val"], torch.nn.Parameter) or exported or "._buffers[" in source
 
 
 def _is_transparent(node: fx.Node) -> bool:

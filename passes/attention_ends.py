@@ -110,13 +110,18 @@ def split_sum(second: Second, effects: Effects, rule: str) -> list[fx.Node] | No
     return parts
 
 
-def furthest(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes]:
-    """The tensor furthest up that `node` is a view or a copy of, each of its dims an axis of its own."""
+def furthest(node: fx.Node, axes: Axes, needed: str) -> tuple[fx.Node, Axes]:
+    """The tensor furthest up that `node` is a view or a copy of, each of its dims an axis of its own.
+
+    Args:
+        needed: axes that must not be those of a repetition, as far as `node` has them.
+    """
     best = node, axes
+    held = {(atom,) for atom in needed} & {*axes}
     view: tuple[fx.Node, Axes] | None = best
     while view is not None:
         node, axes = view
-        if all(len(axis) < 2 for axis in axes):
+        if all(len(axis) < 2 for axis in axes) and held <= {*axes}:
             best = view
         try:
             view = before_view(node, axes)

@@ -1,4 +1,4 @@
-"""Products of two tensors summed over one dim, however they are written: matmul, bmm, einsum, (a * b).sum(dim).
+"""Products of two tensors summed over one dim, however they are written: matmul, einsum, (a * b).sum(dim), ...
 
 Dims are told apart by letters: equal letters are one dim, as in an einsum; "" is a dim of size 1 that is repeated.
 """
@@ -6,7 +6,8 @@ Dims are told apart by letters: equal letters are one dim, as in an einsum; "" i
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import fx
 from recompile.rewrite import arguments, same
 
 from .axes import shape
+from .computed import is_computed
 
 aten = torch.ops.aten
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default)
+_ADDED = {aten.baddbmm.default: ("batch1", "batch2"), aten.addmm.default: ("mat1", "mat2")}
 
 
 @dataclass(frozen=True)
@@ -43,31 +46,65 @@ class Contraction:
 
 
 def contraction(node: Any) -> Contraction | None:
-    """What `node` is as a contraction; None if it is not one."""
+    """What `node` is as a contraction; None if it is not one.
+
+    A linear layer is one only if its weight is computed from the model's inputs.
+    """
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
     if node.target in _PRODUCTS:
         return _matmul(node, *node.args[:2])
-    if node.target is aten.baddbmm.default:
+    if node.target in _ADDED:
         given = arguments(node)
-        found = _matmul(node, given["batch1"], given["batch2"])
-        return found and Contraction(
-            node, found.left, found.right, found.letters, found.summed,
-            scale=given["alpha"], added=given["self"], beta=given["beta"],
-        )  # fmt: skip
-    if node.target is aten.einsum.default:
-        return _einsum(node)
-    return _weighted_sum(node) if node.target is aten.sum.dim_IntList else None
+        found = _matmul(node, *(given[name] for name in _ADDED[node.target]))
+        return found and replace(found, scale=given["alpha"], added=given["self"], beta=given["beta"])
+    if node.target in _OTHERS:
+        return _OTHERS[node.target](node, arguments(node))
+    return None
 
 
 def _matmul(node: fx.Node, left: Any, right: Any) -> Contraction | None:
     ranks = [len(shape(left)), len(shape(right))]
-    if min(ranks) < 2:
+    if max(ranks) < 2:
         return None
     batch = string.ascii_lowercase[: max(ranks) - 2]
-    of = [(*batch[len(batch) - rank + 2 :], *ends) for rank, ends in zip(ranks, ("RS", "SC"), strict=True)]
-    letters = _repeated(left, of[0], "S"), _repeated(right, of[1], "S"), (*batch, "R", "C")
+    ends = [x if rank > 1 else "S" for x, rank in zip(("RS", "SC"), ranks, strict=True)]
+    of = [
+        (*batch[len(batch) - rank + 2 :], *end) if rank > 1 else (end,)
+        for rank, end in zip(ranks, ends, strict=True)
+    ]
+    letters = (
+        _repeated(left, of[0], "S"),
+        _repeated(right, of[1], "S"),
+        (*batch, *"".join(ends).replace("S", "")),
+    )
     return Contraction(node, left, right, letters, "S")
+
+
+def _apart(node: fx.Node, left: fx.Node, right: fx.Node, dims: Sequence[int]) -> Contraction:
+    """The sides have no dim in common but the one that is summed."""
+    ranks = [len(shape(left)), len(shape(right))]
+    names = string.ascii_lowercase[: sum(ranks)]
+    sides = [[*names[: ranks[0]]], [*names[ranks[0] :]]]
+    for side, dim in zip(sides, dims, strict=True):
+        side[dim] = "S"
+    out = tuple(x for side in sides for x in side if x != "S")
+    return Contraction(node, left, right, (tuple(sides[0]), tuple(sides[1]), out), "S")
+
+
+def _inner(node: fx.Node, given: dict[str, Any]) -> Contraction | None:
+    return _apart(node, given["self"], given["other"], (-1, -1))
+
+
+def _tensordot(node: fx.Node, given: dict[str, Any]) -> Contraction | None:
+    dims = [given["dims_self"], given["dims_other"]]
+    return _apart(node, given["self"], given["other"], [d[0] for d in dims]) if len(dims[0]) == 1 else None
+
+
+def _linear(node: fx.Node, given: dict[str, Any]) -> Contraction | None:
+    if len(shape(given["weight"])) != 2 or not is_computed(given["weight"]):
+        return None
+    return replace(_apart(node, given["input"], given["weight"], (-1, -1)), added=given["bias"])
 
 
 def _repeated(node: fx.Node, letters: tuple[str, ...], summed: str) -> tuple[str, ...]:
@@ -76,11 +113,14 @@ def _repeated(node: fx.Node, letters: tuple[str, ...], summed: str) -> tuple[str
     return tuple("" if letter.islower() and same(size, 1) else letter for letter, size in sizes)
 
 
-def _einsum(node: fx.Node) -> Contraction | None:
-    given = arguments(node)
+def _einsum(node: fx.Node, given: dict[str, Any]) -> Contraction | None:
     inputs, arrow, out = given["equation"].replace(" ", "").partition("->")
+    if not arrow:  # the letters that are there once, in order
+        out = "..." * ("..." in inputs) + "".join(
+            sorted(x for x in inputs if x.isalpha() and inputs.count(x) == 1)
+        )
     parts, values = [*inputs.split(","), out], [*given["tensors"], node]
-    if not arrow or len(parts) != 3:
+    if len(parts) != 3:
         return None
     parts = [_spelled_out(part, len(shape(value))) for part, value in zip(parts, values, strict=True)]
     if any(len(set(p)) < len(p) or not p.isalpha() for p in parts):
@@ -105,8 +145,7 @@ def _free(node: fx.Node, letters: str, summed: str) -> tuple[str, ...]:
     return tuple("" if x != summed and same(size, 1) else x for x, size in sizes)
 
 
-def _weighted_sum(node: fx.Node) -> Contraction | None:
-    given = arguments(node)
+def _weighted_sum(node: fx.Node, given: dict[str, Any]) -> Contraction | None:
     product, dims = given["self"], given["dim"]
     if len(dims or ()) != 1 or given["dtype"] is not None or product.target is not aten.mul.Tensor:
         return None
@@ -128,3 +167,9 @@ def _aligned(node: fx.Node, letters: list[str], rank: int) -> tuple[str, ...]:
     return tuple(
         "" if same(size, 1) else x for x, size in zip(letters[rank - len(sizes) :], sizes, strict=True)
     )
+
+
+_OTHERS = {
+    aten.inner.default: _inner, aten.tensordot.default: _tensordot, aten.linear.default: _linear,
+    aten.einsum.default: _einsum, aten.sum.dim_IntList: _weighted_sum,
+}  # fmt: skip

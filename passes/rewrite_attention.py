@@ -41,11 +41,12 @@ from recompile.rewrite import (
 )
 from recompile.torch_private.symbols import SYM
 
-from .attention_cone import cone, has_softmax, is_computed, is_layer, products
+from .attention_cone import cone, has_softmax, is_layer, products
 from .attention_ends import Second, Turn, delivered, furthest, seconds, split_sum
 from .attention_region import Region
 from .attention_softmax import P, factor, logarithm, row_sum, unshifted
 from .axes import Axes, Split, arrange, atoms, layout, shape
+from .computed import is_computed
 from .contractions import contraction
 from .library_attention import LIBRARY, by_library, spell_out, take_back
 from .score_masks import divided, masks
@@ -180,17 +181,20 @@ class _Attempt:
         of = dict(zip(product.letters[2], axes, strict=True)) | {product.summed: ("d",)}
         nodes = zip((product.left, product.right), product.letters, strict=False)
         sides = [(node, tuple(of.get(x, ()) for x in letters)) for node, letters in nodes]
-        keys = [("j",) in side[1] for side in sides]
+        self.second.sizes["d"] = shape(sides[0][0])[sides[0][1].index(("d",))]
+        keys = [("j",) in furthest(*side, "d")[1] for side in sides]  # one may be repeated for each key
         if keys.count(True) != 1:
             raise Refuse("the scores are no product of a query and a key", product.node)
         q, k = sides[::-1] if keys[0] else sides
-        if ("i",) in k[1]:
+        if ("i",) in furthest(*k, "jd")[1]:
             apart = {*atoms(q[1])}.difference(atoms(k[1]), atoms(self.second.axes[1]), "d")
             if len(apart) != 1:
-                raise Refuse("the scores are no product of a query and a key", product.node)
+                raise Refuse("each pair of a query and a key has features of its own", product.node)
             raise Turn(apart.pop())
-        self.second.sizes["d"] = shape(k[0])[k[1].index(("d",))]
-        return tuple(furthest(n, a) for n, a in (q, k, (self.second.values, self.second.axes[1])))
+        q, k = furthest(*q, "id"), furthest(*k, "jd")
+        if ("j",) in q[1] or ("i",) in k[1]:
+            raise Refuse("the scores are no product of a query and a key", product.node)
+        return q, k, furthest(self.second.values, self.second.axes[1], "je")
 
     def _check(self) -> None:
         """Raises Refuse where the region must be left as it is."""

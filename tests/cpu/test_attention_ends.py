@@ -62,6 +62,7 @@ def soft(scores):
 
 
 Q, BATCH, HEADS = (N, D), (B, N, D), (B, H, N, D)
+PAIRS = "each pair of a query and a key has features of its own"
 ONCE = "the weights are the same for all samples, or heads: they are computed once"
 LAYER = "the keys are the same for all samples: it is a layer, no attention"
 CASES = {  # the model, the shapes of its inputs, and the refusal; None if it is rewritten
@@ -79,6 +80,7 @@ CASES = {  # the model, the shapes of its inputs, and the refusal; None if it is
     "heads only in the bias": (
         lambda q, k, v, b: soft((q @ k.mT)[:, None] + b) @ v[:, None], [BATCH] * 3 + [(H, N, N)], None,
     ),
+    "pairs with features": (lambda q, k, v: soft((q[:, :, None] * k).sum(-1)) @ v, [BATCH, (B, N, N, D), BATCH], PAIRS),
     "positions only": (lambda q, k, v: soft(q @ k.mT) @ v, [Q, Q, BATCH], ONCE),
     "positions only, in heads": (
         lambda q, k, v: torch.einsum("hnm,bmd->bhnd", soft(q @ k.mT), v), [(H, N, D)] * 2 + [BATCH], ONCE,
@@ -92,6 +94,51 @@ def test_what_is_shared(name, dynamic):
     """Scores of each sample are never held; scores that all samples share are computed once, as in eager."""
     function, shapes, why = CASES[name]
     assert ends(function, shapes, dynamic) == ((1, []) if why is None else (0, [why]))
+
+
+def weighted(p, v):
+    return (p[..., None] * v).sum(-2)
+
+
+ONE, TWO = [(B, D), BATCH], [Q] * 3
+SPELLED = {
+    "target, sum": (lambda q, k: weighted(soft((q[:, None] * k).sum(-1)), k), ONE),
+    "target, expanded": (lambda q, k: weighted(soft((q[:, None].expand(-1, N, -1) * k).sum(-1)), k), ONE),
+    "target, repeated": (lambda q, k: weighted(soft((q[:, None].repeat(1, N, 1) * k).sum(-1)), k), ONE),
+    "target, einsum": (
+        lambda q, k: torch.einsum("bn,bnd->bd", soft(torch.einsum("bd,bnd->bn", q, k)), k), ONE,
+    ),
+    "target, bmm": (lambda q, k: soft(k.bmm(q[..., None]).squeeze(2))[:, None].bmm(k).squeeze(1), ONE),
+    "target, without samples": (lambda q, k: soft(k @ q) @ k, [(D,), Q]),
+    "tensordot": (lambda q, k, v: torch.tensordot(soft(torch.tensordot(q, k, ([1], [1]))), v, 1), TWO),
+    "inner": (lambda q, k, v: soft(torch.inner(q, k)) @ v, [BATCH, Q, Q]),
+    "linear of computed weights": (lambda q, k, v: F.linear(soft(F.linear(q, k)), v.T), [BATCH, Q, Q]),
+    "linear with a bias": (lambda q, k, v, b: soft(F.linear(q, k, b)) @ v, [BATCH, Q, Q, (N,)]),
+    "addmm": (lambda q, k, v, b: soft(torch.addmm(b, q, k.T, beta=2, alpha=0.5)) @ v, [*TWO, (N, N)]),
+    "addmm, a bias for a key": (lambda q, k, v, b: soft(torch.addmm(b, q, k.T)) @ v, [*TWO, (N,)]),
+    "einsum without an arrow": (lambda q, k, v: torch.einsum("ij,jd", soft(q @ k.T), v), TWO),
+    "einsum, ... of two ranks": (
+        lambda q, k, v: torch.einsum("...nm,...md->...nd", soft(torch.einsum("...nd,...md->...nm", q, k)), v),
+        [HEADS, (H, N, D), (H, N, D)],
+    ),
+    "einsum, transposed": (lambda q, k, v: torch.einsum("bnm,bmd->bdn", soft(q @ k.mT), v), [BATCH] * 3),
+    "keys shared by heads": (
+        lambda q, k, v: soft(q @ k[:, None].expand(-1, H, -1, -1).mT) @ v[:, None], [HEADS, BATCH, BATCH],
+    ),
+    "candidates": (
+        lambda c, h: weighted(soft((c[:, :, None].expand(-1, -1, N, -1) * h[:, None]).sum(-1)), h[:, None]),
+        [(B, 5, D), BATCH],
+    ),
+    "features repeated": (lambda q, k, v: soft(q @ k.expand(-1, -1, D).mT) @ v, [BATCH, (B, N, 1), BATCH]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("samples", "dynamic"), [(B, False), (1, False), (B, True)])
+@pytest.mark.parametrize("name", SPELLED)
+def test_every_spelling_of_a_product(name, samples, dynamic):
+    function, shapes = SPELLED[name]
+    shapes = [(samples, *shape[1:]) if shape[0] == B else shape for shape in shapes]
+    assert ends(function, shapes, dynamic) == (1, [])
 
 
 class Gates(nn.Module):
