@@ -41,9 +41,25 @@ def cone(weights: fx.Node) -> dict[fx.Node, None]:
 
 
 def products(nodes: dict[fx.Node, None]) -> list[fx.Node]:
-    """The contractions among the nodes that may be of queries and keys: without a softmax on the way no layers."""
-    found = [(n, contraction(n)) for n in nodes]
-    return [n for n, c in found if c is not None and (has_softmax(nodes) or not is_layer(c))]
+    """The contractions among the nodes that may be of queries and keys: without a softmax on the way no layers.
+
+    Of several those that are no biases, which a model holds anyway or which are smaller: they have all dims of the
+    scores, and no features for each pair, as `einsum("bnd,bnmd->bnm", q, times)` has.
+    """
+    found = [c for n in nodes if (c := contraction(n)) is not None]
+    found = [c for c in found if has_softmax(nodes) or not is_layer(c)]
+    if len(found) > 1:
+        most = max(len(_dims(c)) for c in found)
+        true = [
+            c for c in found if len(_dims(c)) == most and not any(_dims(c) <= {*x} for x in c.letters[:2])
+        ]
+        found = true or found
+    return [c.node for c in found]
+
+
+def _dims(found: Contraction) -> set[str]:
+    """The letters of the result that stand for more than one element."""
+    return {x for x, size in zip(found.letters[2], shape(found.node), strict=True) if not same(size, 1)}
 
 
 def has_softmax(nodes: dict[fx.Node, None]) -> bool:

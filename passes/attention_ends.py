@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from recompile.graph.order import erase
-from recompile.rewrite import Builder, Effects, Refuse, arguments, replace, same
+from recompile.rewrite import Refuse, arguments, same
 
-from .attention_cone import cone, products
 from .axes import COPIES, Axes, Axis, Split, before_view, regroup, shape
 from .contractions import Contraction
 
@@ -85,29 +83,6 @@ def seconds(found: Contraction) -> Iterator[Second]:
             sizes |= {names[x]: size for x, size in zip(letters, shape(node), strict=True) if x in names}
         axes = [tuple((names[x],) if x in names else () for x in letters) for letters in (mine, other, out)]
         yield Second(found, weights, values, (axes[0], axes[1], axes[2]), sizes, [names[x] for x in batch])
-
-
-def split_sum(second: Second, effects: Effects, rule: str) -> list[fx.Node] | None:
-    """`(a - b) @ v` becomes `a @ v - b @ v`, where a and b are scores of their own; the two products."""
-    weights, root = second.weights, second.found.node
-    if weights.target not in (aten.add.Tensor, aten.sub.Tensor) or len(weights.users) > 1:
-        return None
-    sides = weights.args[:2]
-    if not all(isinstance(x, fx.Node) and same(shape(x), shape(weights)) for x in sides):
-        return None
-    first, other = (set(products(cone(x))) for x in sides)  # type: ignore[arg-type]
-    if not first or not other or first & other or second.found.inner:
-        return None
-    build = Builder(effects, root, rule)
-
-    def multiplied(x: fx.Node) -> fx.Node:
-        args = fx.node.map_arg(root.args, lambda n: x if n is weights else n)
-        return build.call(root.target, *args, **root.kwargs)
-
-    parts = [multiplied(x) for x in sides]  # type: ignore[arg-type]
-    replace((root,), build.call(weights.target, *parts, **weights.kwargs), build)
-    erase(root)
-    return parts
 
 
 def furthest(node: fx.Node, axes: Axes, needed: str) -> tuple[fx.Node, Axes]:

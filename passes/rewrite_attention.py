@@ -42,9 +42,10 @@ from recompile.rewrite import (
 from recompile.torch_private.symbols import SYM
 
 from .attention_cone import cone, has_softmax, is_layer, products
-from .attention_ends import Second, Turn, delivered, furthest, seconds, split_sum
+from .attention_ends import Second, Turn, delivered, furthest, seconds
 from .attention_region import Region
 from .attention_softmax import P, factor, logarithm, row_sum, unshifted
+from .attention_sums import join_products, split_sum
 from .axes import Axes, Split, arrange, atoms, layout, shape
 from .computed import is_computed
 from .contractions import contraction
@@ -71,6 +72,7 @@ class RewriteAttention(Pass):
             if (parts := split_sum(second, effects, self.name())) is not None:
                 candidates.remove(second)
                 candidates += _candidates(parts)
+        sums = [made for second in candidates for made in join_products(second, Effects(graph), self.name())]
         regions = {node for second in candidates for node in (*cone(second.weights), *second.nodes())}
         as_eager = ctx.options.inductor_setting("fallback_random")
         # Anew for each: what was replaced meanwhile may have been its weights, or its product.
@@ -82,6 +84,8 @@ class RewriteAttention(Pass):
                 ctx.fired(self.name())
             except Refuse as refusal:
                 ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
+        for made in reversed(sums):
+            made.settle()
         for call, build in spelled.items():
             take_back(call, build)
 

@@ -361,7 +361,7 @@ def accumulated(q, k, v):
 
 
 def of_two_products(q, k, v):
-    return (q @ k.mT + k @ q.mT).softmax(-1) @ v
+    return (torch.tanh(q @ k.mT) + k @ q.mT).softmax(-1) @ v
 
 
 def softmax_of_softmax(q, k, v):

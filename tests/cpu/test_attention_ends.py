@@ -141,6 +141,51 @@ def test_every_spelling_of_a_product(name, samples, dynamic):
     assert ends(function, shapes, dynamic) == (1, [])
 
 
+def timed(q, k, times, v):
+    return soft((q @ k.mT + (times @ q[..., None]).squeeze(-1)) / 3) @ v
+
+
+FIVE = [BATCH] * 5
+SUMS = {
+    "of two": (lambda q, k, r, t, v: soft(q @ k.mT + r @ t.mT) @ v, FIVE),
+    "of two, scaled": (lambda q, k, r, t, v: soft((q @ k.mT / 3 - (r @ t.mT) * 0.2) * 2) @ v, FIVE),
+    "of two, silu": (lambda q, k, r, t, v: F.silu(q @ k.mT + r @ t.mT) @ v, FIVE),
+    "of two widths": (
+        lambda q, k, r, t, v: soft(q @ k.mT + r @ t.mT) @ v, [BATCH, BATCH, (B, N, 3), (B, N, 3), BATCH],
+    ),
+    "of three": (lambda q, k, r, t, v: soft(q @ k.mT + r @ t.mT - q @ t.mT) @ v, FIVE),
+    "keys' positions": (lambda q, k, t, v: soft(q @ k.mT + q @ t.mT) @ v, [HEADS, HEADS, (H, N, D), HEADS]),
+    "of one and its transpose": (lambda q, k, v: soft(q @ k.mT + k @ q.mT) @ v, [BATCH] * 3),
+    "of a single query": (
+        lambda q, k, r, t: weighted(soft((q[:, None] * k).sum(-1) + (r[:, None] * t).sum(-1)), k), [*ONE, *ONE],
+    ),
+    "with a product of positions": (lambda q, k, r, t, v: soft(q @ k.mT + r @ t.mT) @ v, [BATCH, BATCH, Q, Q, BATCH]),
+    "with features of pairs": (
+        lambda q, k, t, v: soft(q @ k.mT + torch.einsum("bnd,bnmd->bnm", q, t)) @ v,
+        [BATCH, BATCH, (B, N, N, D), BATCH],
+    ),
+    "with features of pairs, by matmul": (timed, [BATCH, BATCH, (B, N, N, D), BATCH]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_products(name, dynamic):
+    """Two products of the same rows and keys are one of their features; else one of them is a bias."""
+    assert ends(*SUMS[name], dynamic) == (1, [])
+
+
+def test_a_sum_that_is_refused_stays_as_it_was():
+    def returned(q, k, r, t, v):
+        weights = soft(q @ k.mT + r @ t.mT)
+        return weights @ v + weights.sum()
+
+    given = [torch.randn(BATCH, dtype=torch.float64) for _ in range(5)]
+    assert_refuses(RewriteAttention, returned, given, why="scores are also read by sum")
+    entry = assert_rewritten_same(Projected(returned, 5), given)[1].passes[-1]
+    assert entry.nodes_after == entry.nodes_before
+
+
 class Gates(nn.Module):
     """Layers that multiply by parameters: a perceptron, a gated one, a cross layer, a mixture, an excitation."""
 
