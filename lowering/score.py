@@ -11,6 +11,7 @@ and functions beyond sympy's own arithmetic, exp, log, tanh, Abs and sign:
 
     where(c, a, b)   a where c holds, else b; differentiable in a and b
     sigmoid(x)
+    erf(x)           the error function
     div(a, b)        a / b, rounded once (sympy would multiply by a rounded 1 / b, and change a bucket's border)
     trunc(x)         the integer that a cast makes of x
     floordiv(a, b)   of integers, b > 0
@@ -19,6 +20,7 @@ and functions beyond sympy's own arithmetic, exp, log, tanh, Abs and sign:
 """
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -68,6 +70,19 @@ class sigmoid(_Real):
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         return self * (1 - self)
+
+
+class erf(_Real):
+    """The error function."""
+
+    nargs = 1
+
+    @classmethod
+    def eval(cls, x: Any) -> Any:
+        return sympy.N(sympy.erf(x)) if x.is_number else None
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.Float(2 / math.sqrt(math.pi)) * sympy.exp(-(self.args[0] ** 2))
 
 
 class div(_Real):
@@ -123,6 +138,7 @@ _CALLS: dict[str, Any] = {
     "where": where,
     "uniform": uniform,
     "sigmoid": sigmoid,
+    "erf": erf,
     "div": div,
     "trunc": trunc,
     "floordiv": floordiv,
@@ -144,6 +160,7 @@ _REAL = (
     sympy.Pow,
     where,
     sigmoid,
+    erf,
     div,
     floordiv,
     uniform,

@@ -14,11 +14,12 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
 from recompile.lowering import scalar
-from recompile.lowering.score import div, floordiv, sigmoid, trunc, uniform, where
+from recompile.lowering.score import div, erf, floordiv, sigmoid, trunc, uniform, where
 
 # exp: 2^n (1 + r + ...), the polynomial of Cephes' expf, doubled so that 2^(n - 1) stays representable. Results below
 # the normal numbers are 0. log: Cephes' range, a polynomial fitted to 2e-10, and the large terms summed with their
 # rounding errors, which leaves an error of 0.51 ulp: a result next to a bucket's border falls on eager's side of it.
+# erf: below 1 x + x times a polynomial, above it 1 - exp(polynomial), both fitted to a tenth of float32's rounding.
 MATH = """
 #if defined(__GNUC__)
 #define INLINED inline __attribute__((always_inline))  // a loop with a call is no vector loop
@@ -61,6 +62,24 @@ INLINED float tanh(float x) {
   p = fma(p, z, -3.33332819422e-1f);
   const float near = fma(p * z, x, x), far = 1.0f - 2.0f / (exp(a + a) + 1.0f);
   return select(a < 0.625f, near, x < 0 ? -far : far);
+}
+INLINED float erf(float x) {
+  const float a = x < 0 ? -x : x, z = x * x;
+  float p = fma(7.88912294e-5f, z, -8.02084222e-4f);
+  p = fma(p, z, 5.18953567e-3f);
+  p = fma(p, z, -2.68544443e-2f);
+  p = fma(p, z, 1.12836003e-1f);
+  p = fma(p, z, -3.7612626e-1f);
+  p = fma(p, z, 1.28379166e-1f);
+  const float y = a > 4.0f ? 4.0f : a;
+  float q = fma(-2.16867647e-5f, y, 4.41335316e-4f);
+  q = fma(q, y, -4.20455635e-3f);
+  q = fma(q, y, 2.52082404e-2f);
+  q = fma(q, y, -1.08418554e-1f);
+  q = fma(q, y, -6.33219898e-1f);
+  q = fma(q, y, -1.12957835f);
+  const float far = 1.0f - exp(fma(q, y, 1.88037069e-4f));
+  return select(a < 1.0f, fma(p, x, x), x < 0 ? -far : far);
 }
 INLINED float log(float x) {
   const bool tiny = x < 1.17549435e-38f;
@@ -136,6 +155,7 @@ _FUNCTIONS = {
     sympy.log: "log",
     sympy.tanh: "tanh",
     sigmoid: "sigmoid",
+    erf: "erf",
     sympy.Heaviside: "step",
 }
 

@@ -18,7 +18,7 @@ import sympy
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
 from recompile.lowering import scalar
-from recompile.lowering.score import div, floordiv, is_table, kind, sigmoid, trunc, uniform, where
+from recompile.lowering.score import div, erf, floordiv, is_table, kind, sigmoid, trunc, uniform, where
 
 LOG2E = 1 / math.log(2)
 
@@ -188,7 +188,7 @@ class Statements:
         return name
 
     def called(self, expr: sympy.Basic) -> str:
-        name = {sympy.exp: "tl.exp", sympy.log: "tl.log", sigmoid: "tl.sigmoid"}[expr.func]
+        name = {sympy.exp: "tl.exp", sympy.log: "tl.log", sigmoid: "tl.sigmoid", erf: "tl.erf"}[expr.func]
         return f"{name}({bare(self.real(expr.args[0]))})"
 
     def tanh(self, expr: sympy.Basic) -> str:
@@ -213,7 +213,7 @@ _PRINTERS: list[tuple[Any, Callable[[Statements, sympy.Basic], str]]] = [
     (sympy.Abs, Statements.magnitude),
     (sympy.tanh, Statements.tanh),
     (uniform, Statements.random),
-    ((sympy.exp, sympy.log, sigmoid), Statements.called),
+    ((sympy.exp, sympy.log, sigmoid, erf), Statements.called),
 ]
 
 

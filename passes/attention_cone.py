@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from recompile.rewrite import same
+from recompile.rewrite.schema import op_name
 
 from . import score_ops
-from .axes import shape
+from .axes import COPIES, shape
 from .computed import is_computed
 from .contractions import Contraction, contraction
 
@@ -20,21 +23,37 @@ CONSTANTS = {
     aten.ones: 1, aten.ones_like: 1, aten.new_ones: 1, aten.zeros: 0, aten.zeros_like: 0, aten.new_zeros: 0,
 }  # fmt: skip
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
+VIEWS = (
+    aten.unsqueeze, aten.squeeze, aten.permute, aten.expand, aten.reshape, aten.view, aten._unsafe_view,
+    aten.select, aten.slice, aten.detach, *COPIES, *CASTS,
+)  # fmt: skip
 FILLED = (aten.full, aten.full_like, aten.new_full, aten.scalar_tensor)
 
 
 def cone(weights: fx.Node) -> dict[fx.Node, None]:
-    """`weights` and what it is computed from elementwise, up to contractions; nearest first."""
+    """`weights` and what it is computed from elementwise, up to contractions; nearest first.
+
+    Where a softmax stands on the way, also through operators that nearly keep a tensor's shape, to be refused by
+    name: without one, that would take any two layers for an attention.
+    """
+    found = _walked(weights, lambda node, source: is_known(node) or _keeps(node, source))
+    return found if has_softmax(found) else _walked(weights, lambda node, _: is_known(node))
+
+
+def _walked(weights: fx.Node, goes_on: Callable[[fx.Node, fx.Node], bool]) -> dict[fx.Node, None]:
     found: dict[fx.Node, None] = {}
     left = [weights]
     while left and len(found) < 500:
         node = left.pop(0)
-        held = isinstance(node.meta.get("val"), (torch.Tensor, tuple))
+        held = isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
         if node in found or node.op != "call_function" or not held:
             continue
         found[node] = None
+        if is_filled(node):
+            continue
         if (product := contraction(node)) is None:
-            left += [n for n in node.all_input_nodes if _is_transparent(node)]
+            left += [n for n in node.all_input_nodes if goes_on(node, n)]
         elif product.added is not None:
             left.append(product.added)
     return found
@@ -62,11 +81,6 @@ def _dims(found: Contraction) -> set[str]:
     return {x for x, size in zip(found.letters[2], shape(found.node), strict=True) if not same(size, 1)}
 
 
-def has_softmax(nodes: dict[fx.Node, None]) -> bool:
-    """Whether one of the nodes is a softmax, or what one by hand is made of."""
-    return any(n.target in (*SOFTMAX, aten.exp.default) for n in nodes)
-
-
 def is_layer(found: Contraction) -> bool:
     """Whether one side of a contraction is the same whatever the model is called with, or one term is summed.
 
@@ -77,16 +91,38 @@ def is_layer(found: Contraction) -> bool:
     return not (found.common() or (is_computed(found.left) and is_computed(found.right)))
 
 
-def _is_transparent(node: fx.Node) -> bool:
-    """Whether a region may go on above `node`."""
+def has_softmax(nodes: dict[fx.Node, None]) -> bool:
+    """Whether a softmax is among the nodes, or what one by hand is made of."""
+    return any(n.target in (*SOFTMAX, *LOG_SOFTMAX, aten.exp.default) for n in nodes)
+
+
+def is_known(node: fx.Node) -> bool:
+    """Whether a region may go on above `node`, or the node is elementwise: then it is refused by name."""
     if node.target is operator.getitem:
         return True
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in _TRANSPARENT or packet in score_ops.KNOWN or packet in _REFUSED:
+    if not isinstance(node.target, OpOverload):
+        return False
+    packet = node.target.overloadpacket
+    if packet in _TRANSPARENT or packet in score_ops.KNOWN or torch.Tag.pointwise in node.target.tags:
         return True
-    return str(getattr(packet, "__name__", "")).endswith("_")  # in place: refused with a sentence
+    return op_name(node.target).endswith("_")  # in place: refused with a sentence
 
 
+def _keeps(node: fx.Node, source: fx.Node) -> bool:
+    """Whether an operator's result has the shape of `source`, but for one dim that is cut, longer, or gone.
+
+    A layer's has that very shape, as where it mixes the heads of scores.
+    """
+    value = node.meta["val"]
+    new, old = (value if isinstance(value, torch.Tensor) else value[0]).shape, shape(source)
+    if node.target in _LAYERS or len(old) < 3:
+        return bool(same(new, old))
+    if len(new) == len(old):
+        return sum(not same(a, b) for a, b in zip(new, old, strict=True)) < 2
+    return any(same(new, (*old[:k], *old[k + 1 :])) for k in range(len(old)))
+
+
+_LAYERS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _TRANSPARENT = {
     aten.softmax, aten._softmax, aten._safe_softmax,
     aten.amax, aten.max, aten.sum, aten.tril, aten.triu, aten.index, aten.embedding,
@@ -94,13 +130,6 @@ _TRANSPARENT = {
     aten.alias, aten.detach, aten._unsafe_view, aten.reshape, aten.view, aten.squeeze,
     aten.select_scatter, aten.slice_scatter,
     aten.dropout, aten.feature_dropout, aten.logsumexp, *CASTS,
-}  # fmt: skip
-
-
-# What people do to scores that no expression of one pair can say, or not yet: refused with a sentence.
-_REFUSED = {
-    aten.cumsum, aten.cumprod, aten.nan_to_num, aten.gelu, aten.elu, aten.softplus, aten.erf, aten.log_softmax,
-    aten.roll, aten.flip, aten.bernoulli, aten.native_dropout,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from recompile.lowering import scalar
 from recompile.lowering.score import S, atleast, atmost, kind, tables_in, trunc, uniform, where
 from recompile.lowering.score import table as table_of
 from recompile.rewrite import Refuse, arguments, is_pure, same
+from recompile.rewrite.schema import op_name
 from recompile.torch_private.symbols import SYM, expression
 
 from . import score_ops
@@ -29,18 +30,22 @@ from .attention_cone import (
     CASTS,
     CONSTANTS,
     FILLED,
+    LOG_SOFTMAX,
     SOFTMAX,
+    VIEWS,
     cone,
     is_filled,
+    is_known,
     path,
     products,
 )
-from .attention_softmax import SHIFT, P, logarithm, row_sum
+from .attention_softmax import IS_NAN, SHIFT, TOTAL, P, emptied, is_multiple, logarithm, row_sum, without_nan
 from .axes import Axes, before_view, shape
 from .contractions import Contraction, contraction
 
 aten = torch.ops.aten
 _ROW_MAX = (aten.amax.default, aten.max.dim)
+_CHOOSING = (aten.where, aten.masked_fill, aten.masked_fill_, aten.tril, aten.triu)
 _EXACT = frozenset("ijMN")
 
 
@@ -65,6 +70,8 @@ class Region:
         self.product_axes: Axes = ()
         self.softmax: sympy.Basic | None = None  # the score under it
         self.safe = False  # a row without keys is 0 in it
+        self.filled: list[sympy.Basic] = []  # where a 0 takes the place of its result
+        self.total: sympy.Basic | None = None  # the score under a logsumexp
         # Of a dropout its seeds, of a number that is not known a tensor of it.
         self.loads: dict[str, tuple[fx.Node, Axes]] = {}
         self.covered: dict[fx.Node, None] = {}
@@ -86,8 +93,15 @@ class Region:
         """The scores that something beyond the region reads, and what reads them."""
         for node in self.covered:
             for user in node.users if node in self.path else ():
-                if user not in last and user not in self.covered:
+                if user not in last and not self._is_within(user):
                     yield node, user
+
+    def _is_within(self, user: fx.Node) -> bool:
+        """Whether nobody else reads the scores through `user`: a constant made of them reads their shape only."""
+        if user in self.covered or is_filled(user):
+            return True
+        viewed = getattr(user.target, "overloadpacket", None) in VIEWS
+        return viewed and all(self._is_within(n) for n in user.users)
 
     def _scored(self, node: fx.Node, axes: Axes) -> sympy.Basic:
         """The element of a node that depends on the first contraction."""
@@ -98,18 +112,29 @@ class Region:
         if node.target in SOFTMAX:
             self.safe = node.target is aten._safe_softmax.default
             return self._softmax(node, arguments(node)["dim"], axes)
-        if (shifted := self._row_max(node, axes)) is not None:
-            return shifted
-        if (normalized := self._by_hand(node, axes)) is not None:
-            return normalized
         if node.target is aten.dropout.default:
             return self._dropout(node, axes)
+        for special in (self._row_max, self._by_hand, self._logarithmic, self._nan):
+            if (found_one := special(node, axes)) is not None:
+                return found_one
         expr = self._computed(node, axes)
         if expr is None:
-            packet = getattr(node.target, "overloadpacket", node.target)
-            name = getattr(packet, "__name__", packet)
-            raise Refuse(f"{name} between the scores and the values is not supported", node)
+            raise self._unsupported(node)
+        if not isinstance(node.target, OpOverload) or node.target.overloadpacket not in _CHOOSING:
+            return expr
+        if (softened := without_nan(expr)) is not None:
+            self.safe = True
+            return softened
+        if (zero := emptied(expr)) is not None:
+            self.filled.append(zero)
         return expr
+
+    def _unsupported(self, node: fx.Node) -> Refuse:
+        """A refusal of `node`, or of the operator above it that nothing is known of."""
+        between = sorted(n for n in self.path if n not in self.products)
+        node = next((n for n in between if not is_known(n)), node)
+        node = node.args[0] if node.target is operator.getitem else node  # type: ignore[assignment]
+        return Refuse(f"{op_name(node.target)} between the scores and the values is not supported", node)
 
     def _product(self, found: Contraction, axes: Axes) -> sympy.Basic:
         if self.product is not None and (self.product.node, self.product_axes) != (found.node, axes):
@@ -148,6 +173,41 @@ class Region:
         self._over_keys(node, axes)
         return SHIFT
 
+    def _logarithmic(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
+        """`logsumexp(score)`, `log_softmax(score)`, and their exponential, a softmax."""
+        if node.target is aten.logsumexp.default:
+            return self._totalled(node, self._over_keys(node, axes), TOTAL)
+        if node.target in LOG_SOFTMAX:
+            score = self.element(node.args[0], axes)  # type: ignore[arg-type]
+            if axes[arguments(node)["dim"]] != ("j",):
+                raise Refuse("softmax does not run over the keys", node)
+            return self._totalled(node, score, score - TOTAL)
+        if node.target is not aten.exp.default:
+            return None
+        score = self.element(node.args[0], axes)  # type: ignore[arg-type]
+        if self.total is None or sympy.expand(score - self.total + TOTAL) != 0:
+            return None
+        return self._normalized(node, self.total)
+
+    def _totalled(self, node: fx.Node, score: sympy.Basic, expr: sympy.Basic) -> sympy.Basic:
+        if self.total not in (None, score):
+            raise Refuse("two softmaxes stand one after the other", node)
+        self.total = score
+        return expr
+
+    def _nan(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
+        """`isnan(p)`, `p != p`, `nan_to_num(p)` of a softmax' result, which is NaN in rows without keys."""
+        given, same_twice = node.args[0], node.target is aten.ne.Tensor and node.args[0] is node.args[1]
+        if node.target not in (aten.isnan.default, aten.nan_to_num.default) and not same_twice:
+            return None
+        expr = self.element(given, axes)  # type: ignore[arg-type]
+        if not is_multiple(expr) or (arguments(node).get("nan") or 0) != 0:
+            raise self._unsupported(node)
+        if node.target is not aten.nan_to_num.default:
+            return IS_NAN
+        self.safe = True
+        return expr
+
     def _dropout(self, node: fx.Node, axes: Axes) -> sympy.Basic:
         """Dropout: a random number for each pair, from a seed for each of the batch axes."""
         given = arguments(node)
@@ -163,8 +223,8 @@ class Region:
         x = score_ops.real(self.element(given["input"], axes))
         return where(kept, x * sympy.Float(1 / (1 - given["p"])), sympy.Integer(0))
 
-    def _over_keys(self, node: fx.Node, axes: Axes) -> None:
-        """Checks that `node` reduces the keys of P's rows, and reads what it reduces."""
+    def _over_keys(self, node: fx.Node, axes: Axes) -> sympy.Basic:
+        """Checks that `node` reduces the keys of P's rows; the element of what it reduces."""
         given = arguments(node)
         dims = given["dim"] if isinstance(given["dim"], (list, tuple)) else [given["dim"]]
         rank = len(shape(given["self"]))
@@ -174,7 +234,7 @@ class Region:
         if given["keepdim"]:
             del inner[dim]
         inner.insert(dim, ("j",))
-        self.element(given["self"], tuple(inner))
+        return self.element(given["self"], tuple(inner))
 
     def _by_hand(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
         """`e / e.sum(-1, keepdim=True)` with e = exp(score): a softmax."""

@@ -14,6 +14,7 @@ for each of samples, heads, queries and keys.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Iterator
@@ -44,7 +45,8 @@ from recompile.torch_private.symbols import SYM
 from .attention_cone import cone, has_softmax, is_layer, products
 from .attention_ends import Second, Turn, delivered, furthest, seconds
 from .attention_region import Region
-from .attention_softmax import P, factor, logarithm, row_sum, unshifted
+from .attention_row_sums import RowSums, row_sums
+from .attention_softmax import SHIFT, TOTAL, P, factor, leaves_no_nan, logarithm, unshifted
 from .attention_sums import join_products, split_sum
 from .axes import Axes, Split, arrange, atoms, layout, shape
 from .computed import is_computed
@@ -53,6 +55,7 @@ from .library_attention import LIBRARY, by_library, spell_out, take_back
 from .score_masks import divided, masks
 
 aten = torch.ops.aten
+_LAYER = "the keys are the same for all samples: it is a layer, no attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -121,31 +124,53 @@ def _rewrite(second: Second, effects: Effects, rule: str, regions: set[fx.Node],
     Raises:
         Refuse: it is none, or must be left alone.
     """
+    sums: RowSums | None = None
     while True:
         try:
-            return _Attempt(second, effects, rule, regions, as_eager).replace()
+            return _Attempt(second, effects, rule, regions, as_eager, sums).replace()
         except Split as split:
             second.split(split.atom, split.sizes)
         except Turn as turn:
             second.turn(turn.atom)
+        except Refuse:
+            if sums is not None or (sums := row_sums(second)) is None:
+                raise
+            second = dataclasses.replace(second, weights=sums.weights)
 
 
 class _Attempt:
     """One reading of an attention, with the batch axes known so far."""
 
     def __init__(
-        self, second: Second, effects: Effects, rule: str, regions: set[fx.Node], as_eager: bool
+        self,
+        second: Second,
+        effects: Effects,
+        rule: str,
+        regions: set[fx.Node],
+        as_eager: bool,
+        sums: RowSums | None,
     ) -> None:
-        self.second, self.effects, self.rule = second, effects, rule
+        self.second, self.effects, self.rule, self.sums = second, effects, rule, sums
         self.region = Region(second.weights, second.sizes, regions, as_eager)
         if len(self.region.products) > 1:
             raise Refuse("the weights are made of two products", self.region.products[0])
         self.root = second.found.node
+        if self._is_layer():
+            raise Refuse(_LAYER, self.root)
         weight = self.region.element(second.weights, second.axes[0])
-        self.root, weight = self._normalized_later(weight)
+        if sums is None:
+            self.root, weight = self._normalized_later(weight)
+        else:
+            self.root = sums.root
+            self.region.covered.update(dict.fromkeys((*sums.nodes(), second.found.node)))
         self.softmax = self.region.softmax is not None
         self.score = unshifted(self.region.softmax, self.root) if self.softmax else weight
+        if SHIFT in self.score.free_symbols:
+            raise Refuse("the row's maximum is not just subtracted from the scores", self.root)
+        if TOTAL in (weight + self.score).free_symbols:
+            raise Refuse("logsumexp between the scores and the values is not supported", self.root)
         self.weight = factor(weight, self.root) if self.softmax else sympy.Integer(1)
+        self.safe = self.region.safe or leaves_no_nan(self.score, self.region.filled, self.root)
         self.divisors: list[tuple[fx.Node, Axes]] = []
         if not self.softmax:
             self._divide_later()
@@ -157,18 +182,20 @@ class _Attempt:
         )
         self._check()
 
+    def _is_layer(self) -> bool:
+        """Whether keys and values are parameters, as in a perceptron with weights for each token."""
+        found = [c for c in map(contraction, self.region.products) if c is not None and c.common()]
+        keys = any(is_computed(c.left) != is_computed(c.right) for c in found)
+        return keys and not is_computed(self.second.values) and not has_softmax(self.region.cone)
+
     def _normalized_later(self, weight: sympy.Basic) -> tuple[fx.Node, sympy.Basic]:
         """`(e @ v) / e.sum(-1, keepdim=True)`: the softmax' division stands after the second contraction."""
-        users = list(self.root.users)
-        if self.region.softmax is not None or len(users) != 1 or users[0].target is not aten.div.Tensor:
+        sums = row_sums(self.second) if self.region.softmax is None else None
+        if sums is None or sums.root is self.root or not sums.is_plain():
             return self.root, weight
-        node = users[0]
-        total = row_sum(node.args[1], self.second.weights)
-        if total is None or node.args[0] is not self.root:
-            return self.root, weight
-        self.region.covered.update(dict.fromkeys([*total, self.root]))
-        self.region.softmax = logarithm(weight, node)
-        return node, P
+        self.region.covered.update(dict.fromkeys((*sums.nodes(), self.root)))
+        self.region.softmax = logarithm(weight, sums.root)
+        return sums.root, P
 
     def _divide_later(self) -> None:
         """Takes divisors that are the same for all keys of a row out of the score: the output is divided."""
@@ -216,7 +243,7 @@ class _Attempt:
             raise Refuse(f"the contractions are of {', '.join(sorted(map(str, dtypes)))}", self.root)
         shared = not any(axis and axis[0][0] == "b" for axis in self.k[1]) and not is_computed(self.k[0])
         if shared and not (self.softmax and ("i",) in self.q[1]):
-            raise Refuse("the keys are the same for all samples: it is a layer, no attention", self.root)
+            raise Refuse(_LAYER, self.root)
         if {*atoms(self.v[1])}.difference(atoms(self.q[1]), atoms(self.k[1]), self.loaded, "je"):
             raise Refuse(
                 "the weights are the same for all samples, or heads: they are computed once", self.root
@@ -251,6 +278,8 @@ class _Attempt:
             if self.loaded:
                 sizes = [self.second.sizes[x] if x in self.loaded else -1 for x in wanted[0]]
                 given[0] = build.call(aten.expand.default, given[0], sizes)
+            if self.sums is not None:
+                given[2] = self.sums.with_ones(given[2], build)
             extras = [self._extra(name, *place, build) for name, place in loads.items()]
             how = by_library(spec, self.root.meta["val"].device.type, len(batch) + 2)
             if how is not None:
@@ -258,6 +287,8 @@ class _Attempt:
             else:
                 out = build.call(operator.getitem, build.call(op, *given, extras, str(spec)), 0)
             out = self._divided(out, build)
+            if self.sums is not None:
+                out = self.sums.divide(out, build)
             if spec.order:
                 out = build.call(aten.permute.default, out, list(spec.order))
             if not same(shape(out), [shape(target)[k] for k in lies]):
@@ -333,7 +364,7 @@ class _Attempt:
             keep=scalar.text(keep),
             kept="" if kept == score else scalar.text(kept),
             negligible=masked.negligible,
-            safe=self.region.safe,
+            safe=self.safe,
             weight="" if weight == 1 else scalar.text(weight),
             order=() if order == tuple(range(len(atoms))) else order,
         )

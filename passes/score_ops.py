@@ -1,7 +1,8 @@
 """Elementwise operators as expressions of the score language, one operand a symbol.
 
 Truths take part in arithmetic as PyTorch's booleans do: `x * mask` is `where(mask, x, 0)`, `1 - mask` is
-`where(mask, 0, 1)`. Two gradients are eager's by construction: `relu` and `clamp` are `where`s.
+`where(mask, 0, 1)`. Gradients are eager's by construction, also at kinks: `clamp` is a `where`, as are
+the activations in `score_activations.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 from torch import fx
 
 from recompile.lowering import scalar
-from recompile.lowering.score import atleast, atmost, div, floordiv, kind, sigmoid, trunc, where
+from recompile.lowering.score import atleast, atmost, div, erf, floordiv, kind, sigmoid, trunc, where
 from recompile.rewrite import Refuse, arguments
+
+from . import score_activations as activations
 
 aten = torch.ops.aten
 Expr: TypeAlias = sympy.Basic
@@ -33,7 +36,7 @@ def apply(node: fx.Node, operand: Callable[[Any], Expr]) -> Expr | None:
     return _OPS[packet](given, lambda x: operand(x) if isinstance(x, fx.Node) else number(x))
 
 
-_IGNORED = {"approximate": "none", "memory_format": torch.preserve_format}
+_IGNORED = {"memory_format": torch.preserve_format}
 
 
 def number(value: Any) -> Expr:
@@ -173,10 +176,6 @@ def _clamp(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
     return x
 
 
-def _relu(x: Expr) -> Expr:
-    return where(x <= 0, sympy.Integer(0), x)
-
-
 def _power(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
     base, exponent = real(of(given["self"])), of(given["exponent"])
     if not exponent.is_number and base.is_number and base > 0:
@@ -192,9 +191,34 @@ def _masked_fill(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
     return choose(truth(of(given["mask"])), of(given["value"]), of(given["self"]))
 
 
-def _leaky(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
-    x = real(of(given["self"]))
-    return where(x > 0, x, x * number(given["negative_slope"]))
+def _activation(function: Callable[..., Expr], *names: str) -> Callable[..., Expr]:
+    """An activation function with numbers as parameters: their names, where the operator has them."""
+
+    def activation(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
+        known = {name: number(given[name]) for name in names if name in given}
+        return function(real(of(given["self"])), **known)
+
+    return activation
+
+
+def _gelu(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
+    function = activations.gelu_by_tanh if given["approximate"] == "tanh" else activations.gelu
+    return function(real(of(given["self"])))
+
+
+def _extreme(greater: bool) -> Callable[..., Expr | None]:
+    """The greater (or lesser) of two. At a tie of real numbers it is their mean: each has half of the gradient."""
+
+    def extreme(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
+        if not isinstance(given.get("other"), fx.Node):  # the maximum of one tensor
+            return None
+        a, b = real(of(given["self"])), real(of(given["other"]))
+        first, second = (a > b, a < b) if greater else (a < b, a > b)
+        if kind(a) == kind(b) == "integer":
+            return where(first, a, b)
+        return where(first, a, where(second, b, a / 2 + b / 2))
+
+    return extreme
 
 
 def _invert(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
@@ -230,7 +254,7 @@ _OPS: dict[Any, Callable[..., Expr | None]] = {
     aten.neg: _unary(lambda x: -x),
     aten.abs: _unary(sympy.Abs),
     aten.exp: _unary(sympy.exp),
-    aten.log: _unary(sympy.log),
+    aten.log: _unary(lambda x: sympy.log(x) if x != 0 else -sympy.oo),
     aten.log1p: _unary(lambda x: sympy.log(1 + x)),
     aten.sqrt: _unary(sympy.sqrt),
     aten.rsqrt: _unary(lambda x: 1 / sympy.sqrt(x)),
@@ -240,13 +264,27 @@ _OPS: dict[Any, Callable[..., Expr | None]] = {
     aten.tanh: _unary(sympy.tanh),
     aten.sigmoid: _unary(sigmoid),
     aten.silu: _unary(lambda x: x * sigmoid(x)),
-    aten.relu: _unary(_relu),
-    aten.leaky_relu: _leaky,
+    aten.relu: _activation(activations.relu),
+    aten.leaky_relu: _activation(activations.leaky_relu, "negative_slope"),
     aten.clamp: _clamp,
     aten.clamp_min: _clamp,
     aten.clamp_max: _clamp,
-    aten.maximum: _binary(lambda a, b: where(a >= b, a, b)),
-    aten.minimum: _binary(lambda a, b: where(a <= b, a, b)),
+    aten.maximum: _extreme(greater=True),
+    aten.max: _extreme(greater=True),
+    aten.minimum: _extreme(greater=False),
+    aten.min: _extreme(greater=False),
+    aten.hardtanh: _activation(activations.hardtanh, "min_val", "max_val"),
+    aten.relu6: _activation(activations.relu6),
+    aten.hardsigmoid: _activation(activations.hardsigmoid),
+    aten.hardswish: _activation(activations.hardswish),
+    aten.elu: _activation(activations.elu, "alpha", "scale", "input_scale"),
+    aten.celu: _activation(activations.celu, "alpha"),
+    aten.selu: _activation(activations.selu),
+    aten.softplus: _activation(activations.softplus, "beta", "threshold"),
+    aten.log_sigmoid: _activation(activations.log_sigmoid),
+    aten.mish: _activation(activations.mish),
+    aten.gelu: _gelu,
+    aten.erf: _unary(erf),
     aten.where: _where,
     aten.masked_fill: _masked_fill,
     aten.eq: _compare(sympy.Eq),

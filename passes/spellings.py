@@ -158,6 +158,19 @@ def permute_from_transpose(node: fx.Node, given: dict[str, Any], build: Builder)
     return build.equal(aten.permute.default, source, order)
 
 
+@spelling(aten.movedim, aten.moveaxis)
+def permute_from_movedim(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`movedim(x, a, b)` is `permute`."""
+    source = given["self"]
+    rank = _val(source).ndim
+    moved = [x if isinstance(x, (list, tuple)) else [x] for x in (given["source"], given["destination"])]
+    old, new = ([dim % rank for dim in dims] for dims in moved)
+    order = [dim for dim in range(rank) if dim not in old]
+    for place, dim in sorted(zip(new, old, strict=True)):
+        order.insert(place, dim)
+    return build.equal(aten.permute.default, source, order)
+
+
 @spelling(aten.squeeze)
 def drop_unsqueeze_squeeze(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`squeeze(unsqueeze(x, d), d)` is `x`."""

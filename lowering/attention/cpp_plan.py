@@ -16,10 +16,10 @@ import sympy
 from recompile.lowering import score as language
 from recompile.lowering.attention.spec import Attention
 from recompile.lowering.lookup.cpp_common import Operand
-from recompile.lowering.score import I, J, M, N, div, floordiv, sigmoid, trunc
+from recompile.lowering.score import I, J, M, N, div, erf, floordiv, sigmoid, trunc
 from recompile.lowering.score_cpp import ctype
 
-_COSTLY = (sympy.exp, sympy.log, sympy.tanh, sympy.Mod, sigmoid, div, trunc, floordiv)
+_COSTLY = (sympy.exp, sympy.log, sympy.tanh, sympy.Mod, sigmoid, erf, div, trunc, floordiv)
 _REAL = ("float", "at::BFloat16", "at::Half")
 _NARROW = ("bool", "uint8_t", "int8_t", "int16_t")
 

@@ -16,7 +16,7 @@ import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, Or
 
-from recompile.lowering.score import div, floordiv, kind, sigmoid, trunc, where
+from recompile.lowering.score import div, erf, floordiv, kind, sigmoid, trunc, where
 
 Interval = tuple[float, float]
 EVERYTHING: Interval = (-math.inf, math.inf)
@@ -78,6 +78,7 @@ _RULES: dict[Any, Callable[[list[Interval]], Interval]] = {
     sympy.Abs: _magnitude,
     sympy.log: _logarithm,
     sigmoid: lambda parts: (0.0, 1.0),
+    erf: lambda parts: (-1.0, 1.0),
     sympy.tanh: lambda parts: (-1.0, 1.0),
     div: _quotient,
     # One to spare: what is truncated was rounded.

@@ -67,6 +67,8 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {  # of x[2, 3, 4
     "cat of one": (lambda x: torch.cat([x]), ""),
     "transpose": (lambda x: x.transpose(1, 2), "permute"),
     "mT": (lambda x: x.mT, "permute"),
+    "movedim": (lambda x: x.movedim(-1, 0), "permute"),
+    "moveaxis of two": (lambda x: torch.moveaxis(x, (0, 1), (-1, 0)), "permute"),
     "transpose twice": (lambda x: x.transpose(1, 2).permute(2, 0, 1), "permute permute"),
     "transpose there and back": (lambda x: x.transpose(1, 2).transpose(-1, -2), "permute permute"),
     "unsqueeze, squeeze": (lambda x: x.unsqueeze(1).squeeze(1), ""),
