@@ -2,7 +2,6 @@
 
 torch.fx tells of every node that is made, replaced or erased, whoever does it. One rewrite makes nodes, hands over
 to them, and erases what it replaced: where something is made or replaced after an erasure, the next one begins.
-Tried with torch 2.13: `GraphModule._register_create_node_hook` and its like.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
+
+from .torch_private.graph_hooks import follow, leave
 
 
 @dataclass
@@ -32,15 +33,11 @@ class Journal:
 
     def follow(self, gm: fx.GraphModule) -> None:
         """Hears what happens to the graph of `gm` from now on."""
-        gm._register_create_node_hook(self._made)
-        gm._register_replace_node_hook(self._replaced)
-        gm._register_erase_node_hook(self._erased)
+        follow(gm, self._made, self._replaced, self._erased)
 
     def leave(self, gm: fx.GraphModule) -> None:
         """Hears no more."""
-        gm._unregister_create_node_hook(self._made)
-        gm._unregister_replace_node_hook(self._replaced)
-        gm._unregister_erase_node_hook(self._erased)
+        leave(gm, self._made, self._replaced, self._erased)
 
     def take(
         self, before: Collection[str], after: Collection[str]
