@@ -12,6 +12,7 @@ from recompile.lowering.lookup import reference as lookup_reference
 from recompile.lowering.lookup.cpp_common import Operand
 from recompile.lowering.region import Region, region, regions
 from recompile.lowering.region_cpp import fault
+from recompile.wording import plural
 
 
 def describe(node: fx.Node) -> str:
@@ -48,7 +49,7 @@ def _family(operator: str) -> str:
 def _lookup(node: fx.Node) -> str:
     spec = Lookup.parse(str(node.args[2]))
     outputs = ", ".join(out.kind for out in spec.outputs)
-    return f"{len(spec.bags)} bags over {len(spec.tables)} tables -> {outputs}"
+    return f"{plural(len(spec.bags), 'bag')} over {plural(len(spec.tables), 'table')} -> {outputs}"
 
 
 def _attention(node: fx.Node) -> str:

@@ -13,6 +13,7 @@ from . import compare
 from .errors import RecompileError
 from .explain import compiling
 from .rewrite.limit import Rewrite, made
+from .wording import plural
 
 TOLERANCE = 1e-4
 
@@ -33,7 +34,8 @@ class Found:
 
     def __str__(self) -> str:
         if self.rewrite is None:
-            return f"None of {self.rewrites} rewrites changes the numbers: the error is {self.error:.0e}."
+            whole = f"None of {plural(self.rewrites, 'rewrite')} changes the numbers"
+            return f"{whole if self.rewrites else 'Nothing was rewritten'}: the error is {self.error:.0e}."
         line = f"\n  at {self.rewrite.line}" if self.rewrite.line else ""
         return (
             f"Rewrite {self.number} of {self.rewrites} changes the numbers: {self.rewrite.rule} at node "

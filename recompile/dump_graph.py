@@ -13,6 +13,7 @@ from .lowering.fingerprint import digest
 from .recording import Recording
 from .report import RegionRecord
 from .torch_private.generated_code import Kernel, is_backward, kernels, language
+from .wording import plural
 
 VERSION = 1  # of graph.json; raised when a field changes its meaning or goes away
 OWN_FILES = ("graph.json", "inputs.json", "regions.json", "[0-9]*-*.py", "[0-9]*-*.diff", "kernels/*")
@@ -71,7 +72,7 @@ def _stages(recording: Recording, index: int) -> Iterator[tuple[str, str]]:
             continue
         name = f"{k:02}-{stage['pass']}"
         lines = readable(recording.nodes[n] for n in stage["order"])
-        head = f"graph {index}, {stage['pass']}: {len(stage['order'])} nodes, {stage['ms']:.1f} ms"
+        head = f"graph {index}, {stage['pass']}: {plural(len(stage['order']), 'node')}, {stage['ms']:.1f} ms"
         yield f"{name}.py", "\n".join([f"# {head}", f"# {recording.title or 'frame unknown'}", *lines, ""])
         if k:
             difference = difflib.unified_diff(before, lines, last, name, lineterm="")

@@ -11,6 +11,7 @@ from torch import fx
 from recompile.options import Options
 from recompile.report import Refusal, RuleRecord, user_line
 from recompile.rewrite.limit import Rewrite, made
+from recompile.wording import plural
 
 
 class Refuse(Exception):
@@ -50,7 +51,7 @@ class Context:
         """
         limit = self.options.rewrite_limit
         if 0 <= limit <= len(made):
-            raise Refuse(f"{limit} rewrites were made, as many as rewrite_limit allows", at)
+            raise Refuse(f"the option rewrite_limit allows {plural(limit, 'rewrite')}", at)
         self._rewrite = Rewrite.at(name, at) if limit >= 0 else None
 
     def fired(self, name: str, n: int = 1) -> None:

@@ -270,7 +270,7 @@ def test_a_factorization_machine_on_one_big_table():
             return torch.cat([rows.flatten(1), rows.sum(1) ** 2 - (rows**2).sum(1)], 1)
 
     graph = run(OneBigTable(), lambda b: (torch.randint(0, 20, (b, 3)),))
-    assert [r.summary for r in graph.regions] == ["1 bags over 1 tables -> concat, sum_of_squares, sum"]
+    assert [r.summary for r in graph.regions] == ["1 bag over 1 table -> concat, sum_of_squares, sum"]
 
 
 def test_strided_offsets():
