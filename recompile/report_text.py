@@ -13,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import GraphRecord, PassRecord, Refusal, RegionRecord, Report
+from .wording import plural
+
+_SENTENCES = 10  # different ones a rule
 
 
 def plain(report: Report, width: int) -> str:
@@ -33,11 +36,12 @@ def render(report: Report) -> RenderableType:
 def _graph(graph: GraphRecord) -> Iterator[RenderableType]:
     if graph.fallback:
         yield Text(
-            f"graph {graph.index}: {graph.nodes_before} nodes, compiled by plain Inductor", style="bold"
+            f"graph {graph.index}: {plural(graph.nodes_before, 'node')}, compiled by plain Inductor",
+            style="bold",
         )
         yield Text(f"  because {_sentence(graph.fallback)}\n", style="yellow")
         return
-    counts = f"{graph.nodes_before} nodes -> {graph.nodes_after}"
+    counts = f"{plural(graph.nodes_before, 'node')} -> {graph.nodes_after}"
     yield Text(f"graph {graph.index}: {counts}, captured in {graph.capture_ms:.1f} ms", style="bold")
     if graph.passes:
         yield _passes(graph.passes)
@@ -93,8 +97,7 @@ def _what(record: PassRecord) -> Iterator[str]:
     for rule in record.rules:
         name = "" if rule.name == record.name else f"{rule.name} "
         if rule.fired or rule.refused:
-            times = "1 time" if rule.fired == 1 else f"{rule.fired} times"
-            yield f"{name}fired {times}, tried {rule.tried}, refused {len(rule.refused)}"
+            yield f"{name}fired {plural(rule.fired, 'time')}, tried {rule.tried}, refused {len(rule.refused)}"
 
 
 def _idle(records: list[PassRecord]) -> Iterator[str]:
@@ -112,9 +115,12 @@ def _not_done(record: PassRecord) -> Iterator[str]:
         counts = Counter(refusal.why for refusal in rule.refused)
         for refusal in rule.refused:
             first.setdefault(refusal.why, refusal)
-        for why, refusal in first.items():
+        for why, refusal in [*first.items()][:_SENTENCES]:
             more = f" (and {counts[why] - 1} more like it)" if counts[why] > 1 else ""
             yield f"{rule.name} did not fire: {_sentence(refusal)}{more}"
+        if others := [*first][_SENTENCES:]:
+            times = plural(sum(counts[why] for why in others), "time")
+            yield f"{rule.name} did not fire {times} for {plural(len(others), 'other reason')}: see a dump's page"
 
 
 def _sentence(refusal: Refusal) -> str:

@@ -1,8 +1,9 @@
 """The matcher: does a pattern fit at a node, and if not, how far did it get?
 
 It tries every way in which the pattern could fit (operands swapped, alternatives) and undoes what a way that
-fails has bound. A failure that got past two operators is the *nearest miss*: the report shows it, so that a
-rule which almost fired says why it did not.
+fails has bound. The failure that got farthest is the *nearest miss*, and the report shows it, so that a rule
+which almost fired says why it did not. Near is a failure past two operators of the pattern, or past the only one
+that it has; there what a call is given counts, such as a dim, and not what computed it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from recompile.rewrite.bindings import UNBOUND, Bindings, Scope
 from recompile.rewrite.effects import Effects, draws, is_pure
 from recompile.rewrite.pattern import AnyOf, Anything, Const, Each, Operator, Pattern, Var, inside, names
 from recompile.rewrite.schema import (
+    REQUIRED,
     Argument,
     bind,
     is_commutative,
@@ -28,8 +30,9 @@ from recompile.rewrite.schema import (
     same,
     schema,
 )
+from recompile.wording import plural
 
-_NEAR = 2  # operators that must have fitted for a miss to be worth telling
+_NEAR = 2  # operators that must have fitted for a miss to be worth telling, if the pattern has as many
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Matcher:
         self.effects = effects
         self.starts = _starts(self.outputs[0])
         self.names = names(self.outputs)
+        self._near = min(_NEAR, sum(map(_fewest, self.outputs)))
         self._orders: dict[tuple[Operator, OpOverload], list[list[_Expected]]] = {}
 
     def can_start(self, node: fx.Node) -> bool:
@@ -58,7 +62,7 @@ class Matcher:
 
     def find(self, root: fx.Node) -> Found | None:
         """The first fit with the first output at `root`, or None: then `nearest` may say why."""
-        self.root, self.nearest, self._best = root, None, _NEAR - 1
+        self.root, self.nearest, self._best = root, None, self._near - 1
         self._bound = Bindings()
         for _ in self._match(self.outputs[0], root):
             for roots in self._others(self.outputs[1:], (root,)):
@@ -77,7 +81,7 @@ class Matcher:
             if same(bound, value):
                 yield
             else:
-                self._miss(f"expected {_show(bound)} again, found {_show(value)}", value)
+                self._miss(f"expected {_show(bound)} again, found {_show(value)}", value, other=True)
             return
         mark = self._bound.mark()
         if self._is_kind(pattern, value) and self._fits(pattern, value) and self._bind(pattern, value):
@@ -102,11 +106,10 @@ class Matcher:
             ok = isinstance(value, (list, tuple)) and len(value) >= pattern.at_least
         else:
             ok = isinstance(pattern, (AnyOf, Anything))
-        if (
-            ok or len(self._bound.inner) <= self._best
-        ):  # most misses are not near, and their sentences cost time
-            return ok
-        return self._miss(f"expected {pattern.says()}, found {_show(value)}", value)
+        other = isinstance(pattern, Operator)
+        if ok or not self._is_nearer(len(self._bound.inner), other):
+            return ok  # most misses are not near, and their sentences cost time
+        return self._miss(f"expected {pattern.says()}, found {_show(value)}", value, other=other)
 
     def _fits(self, pattern: Pattern, value: Any) -> bool:
         """Whether dtype and dimensions are the expected ones; binds the dimensions' names."""
@@ -117,32 +120,33 @@ class Matcher:
             return self._miss(f"expected a tensor, found {_show(value)}", value)
         if pattern.dtypes and tensor.dtype not in pattern.dtypes:
             wanted = " or ".join(map(str, pattern.dtypes))
-            return self._miss(f"expected {pattern.says()} of {wanted}, found {tensor.dtype}", value)
+            return self._misfit(pattern, f"of {wanted}, found {tensor.dtype}", value)
         return pattern.dims is None or self._shape(pattern, value, tensor.shape)
 
     def _shape(self, pattern: Pattern, value: fx.Node, shape: Sequence[Any]) -> bool:
         dims = pattern.dims or ()
         if dims and dims[0] is ...:
             dims, shape = dims[1:], shape[max(0, len(shape) - len(dims) + 1) :]
-        text = ", ".join("..." if d is ... else str(d) for d in pattern.dims or ())
+        text = f"of shape [{', '.join('...' if d is ... else str(d) for d in pattern.dims or ())}]"
         if len(dims) != len(shape):
-            return self._miss(
-                f"expected {pattern.says()} of shape [{text}], found {list(value.meta['val'].shape)}", value
-            )
+            return self._misfit(pattern, f"{text}, found {list(value.meta['val'].shape)}", value)
         for dim, size in zip(dims, shape, strict=True):
             known = self._bound.dim(dim, size) if isinstance(dim, str) else dim
             if not same(known, size):
-                return self._miss(
-                    f"expected {pattern.says()} of shape [{text}] where {dim} is {known}, found {size}", value
-                )
+                where = f" where {dim} is {known}, found {size}"
+                given = f", found {list(value.meta['val'].shape)}"
+                return self._misfit(pattern, text + (where if isinstance(dim, str) else given), value)
         return True
+
+    def _misfit(self, pattern: Pattern, why: str, value: fx.Node) -> bool:
+        """A tensor of another dtype or shape; the operator that computes it is the expected one, if one is."""
+        return self._miss(f"expected {pattern.says()} {why}", value, sure=isinstance(pattern, Operator))
 
     def _bind(self, pattern: Pattern, value: Any) -> bool:
         known = self._bound.name(pattern.name) if pattern.name else UNBOUND
         if known is not UNBOUND and not same(known, value):
-            return self._miss(
-                f"expected {pattern.name} to be {_show(known)} again, found {_show(value)}", value
-            )
+            again = f"expected {pattern.name} to be {_show(known)} again, found {_show(value)}"
+            return self._miss(again, value, other=True)
         scope = self._bound.scopes[-1]
         if pattern.name and known is UNBOUND:
             self._bound.set(scope.names, pattern.name, value)
@@ -211,7 +215,9 @@ class Matcher:
 
     def _list(self, expected: Sequence[Any], found: Sequence[Any], node: fx.Node) -> Iterator[None]:
         if len(expected) != len(found):
-            self._miss(f"expected {len(expected)} elements in {node.name}, found {len(found)}", node)
+            self._miss(
+                f"expected {plural(len(expected), 'element')} in {node.name}, found {len(found)}", node
+            )
             return
         yield from self._all(list(zip(expected, found, strict=True)), node)
 
@@ -285,13 +291,21 @@ class Matcher:
         bound = self._bound.scopes[0]
         return Found(roots, tuple(inner), dict.fromkeys(self.names) | bound.names, dict(bound.dims))
 
-    def _miss(self, why: str, at: Any, sure: bool = False) -> bool:
-        """Keep the failure that got farthest. Always False."""
+    def _miss(self, why: str, at: Any, sure: bool = False, other: bool = False) -> bool:
+        """Keep the failure that got farthest. Always False.
+
+        Args:
+            sure: one more operator has fitted than is bound.
+            other: something else computes what is read here, which a single operator does not make worth telling.
+        """
         reached = len(self._bound.inner) + sure
-        if reached > self._best:
+        if self._is_nearer(reached, other):
             self._best = reached
             self.nearest = why, at if isinstance(at, fx.Node) else self.root
         return False
+
+    def _is_nearer(self, reached: int, other: bool) -> bool:
+        return reached > self._best and (reached >= _NEAR or not other)
 
 
 @dataclass(frozen=True)
@@ -303,10 +317,10 @@ class _Literal:
     expected: Any
 
     def says(self, found: Any) -> str:
-        return (
-            f"expected {op_name(self.node.target)} with {self.arg.name} {_show(self.expected)}, "
-            f"found {_show(found)}"
-        )
+        call = op_name(self.node.target)
+        if self.expected is REQUIRED:
+            return f"the pattern does not say what {self.arg.name} of {call} is, found {_show(found)}"
+        return f"expected {call} with {self.arg.name} {_show(self.expected)}, found {_show(found)}"
 
 
 class _Expected(NamedTuple):
@@ -347,6 +361,16 @@ def _depths(pattern: Any, depth: int) -> Iterator[tuple[Pattern, int]]:
         yield pattern, depth
         for part in pattern.parts():
             yield from _depths(part, depth + isinstance(pattern, Operator))
+
+
+def _fewest(pattern: Any) -> int:
+    """How many operators a match of the pattern covers at least."""
+    if isinstance(pattern, (list, tuple)):
+        return sum(map(_fewest, pattern))
+    if isinstance(pattern, AnyOf):
+        return min(map(_fewest, pattern.options))
+    own = isinstance(pattern, Operator)
+    return own + sum(map(_fewest, pattern.parts())) if isinstance(pattern, Pattern) else 0
 
 
 def _is_constant(value: Any) -> bool:

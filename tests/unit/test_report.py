@@ -54,6 +54,13 @@ def test_the_same_refusal_is_folded_into_a_count():
     assert text.count("sparse") == 1
 
 
+def test_many_sentences_of_one_rule_are_cut():
+    refused = [Refusal(f"found {min(i, 13)}", f"n{i}") for i in range(16)]
+    text = report(pass_record(RuleRecord("mine", 16, 0, refused))).text()
+    assert "found 9 [n9]" in text and "found 10" not in text
+    assert "mine did not fire 6 times for 4 other reasons" in text
+
+
 def test_a_rule_that_had_nothing_to_do_is_said():
     text = report(pass_record(RuleRecord("flatten-cat"), RuleRecord("drop-no-op", tried=2))).text()
     assert "fired 0 times, for want of candidates: flatten-cat, drop-no-op (tried 2)" in text

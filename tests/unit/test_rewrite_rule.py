@@ -102,7 +102,7 @@ def test_dynamic_sizes_stay_dynamic() -> None:
         ),
         (
             lambda w, i, m: (F.embedding(i, w) * m.expand(3, 5, 4)).sum(1),
-            "expected a tensor mask of shape [B, L, 1] where 1 is 1, found 4",
+            "expected a tensor mask of shape [B, L, 1], found [3, 5, 4]",
         ),
     ],
 )
