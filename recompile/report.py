@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -225,19 +226,28 @@ _ZOO = os.path.join(_OURS, "zoo", "")  # models, as a user writes them
 def user_line(node: fx.Node) -> str:
     """The line of the user's model that made `node`, such as `model.py:41 in forward: x = self.e(x)`.
 
-    It is the innermost frame of the node's stack trace that is neither torch's nor ours, or "".
+    It is the innermost frame of the node's stack trace that is neither torch's nor ours, or "". A line of a notebook's
+    cell is `In[3]:41`.
     """
     frames = _user_frames(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
     path, number, function, code = frames[-1]
-    return f"{os.path.basename(path)}:{number} in {function}: {code.strip()}"
+    return f"{_place(path)}:{number} in {function}: {code.strip()}"
 
 
 def frame_line(node: fx.Node) -> str:
     """The same for the function whose frame Dynamo compiled, such as `forward model.py:41`: the outermost frame."""
     frames = _user_frames(node.meta.get("stack_trace") or "")
-    return f"{frames[0][2]} {os.path.basename(frames[0][0])}:{frames[0][1]}" if frames else ""
+    return f"{frames[0][2]} {_place(frames[0][0])}:{frames[0][1]}" if frames else ""
+
+
+def _place(path: str) -> str:
+    """A file's name. IPython compiles a cell under a made-up one, and knows its number."""
+    ipython = sys.modules.get("IPython")  # who runs in it has imported it
+    shell = ipython and ipython.get_ipython()
+    cell = shell and shell.compile.format_code_name(path)
+    return cell[1] if cell else os.path.basename(path)
 
 
 @lru_cache(maxsize=4096)  # many nodes come from one line

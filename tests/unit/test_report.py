@@ -4,6 +4,7 @@ import json
 import threading
 
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from torch import fx
 
 from recompile.report import (
@@ -108,6 +109,32 @@ def test_records_of_many_threads_have_their_own_index():
     assert [graph.index for graph in last_report().graphs] == list(range(20))
     reset()
     assert last_report().graphs == []
+
+
+CELLS = """
+import recompile, torch
+def model(x):
+    return x.softmax(-1) @ x
+--
+with recompile.dump("out"):
+    torch.compile(model, backend="recompile")(torch.randn(4, 4))
+--
+print(recompile.last_report().to_json(), open("out/graph-0/00-captured.py").read())
+"""
+
+
+def test_a_line_of_a_notebook_is_told_by_its_cell(tmp_path, monkeypatch, capsys):
+    """In IPython's own shell; the compiler of Jupyter's kernel derives from its."""
+    monkeypatch.chdir(tmp_path)
+    shell = InteractiveShell.instance()
+    try:
+        for cell in CELLS.split("--"):
+            shell.run_cell(cell, store_history=True).raise_error()
+    finally:
+        InteractiveShell.clear_instance()
+    shown = capsys.readouterr().out
+    assert "In[1]:3 in model: return x.softmax(-1) @ x" in shown and "# model In[1]:3" in shown
+    assert "ipython-input" not in shown
 
 
 def node_with(trace):
