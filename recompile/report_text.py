@@ -46,12 +46,17 @@ def _graph(graph: GraphRecord) -> Iterator[RenderableType]:
     if graph.passes:
         yield _passes(graph.passes)
     for region in graph.regions:
-        yield Text(f"  {region.name}: {region.summary}", style="green")
-        yield from (Text(f"      {line}", style="cyan") for line in _costs(region))
-        yield from (Text(f"      {line}") for line in _folded(region.lines))
+        yield _indented(Text(f"{region.name}: {region.summary}", style="green"), 2)
+        yield from (_indented(Text(line, style="cyan"), 6) for line in _costs(region))
+        yield from (_indented(Text(line), 6) for line in _folded(region.lines))
     lines = [*_idle(graph.passes), *(line for record in graph.passes for line in _not_done(record))]
-    yield from (Padding(Text(line), (0, 0, 0, 2)) for line in lines)
+    yield from (_indented(Text(line), 2) for line in lines)
     yield Text("")
+
+
+def _indented(text: Text, by: int) -> Padding:
+    """A line under an indent that its continuations have, too."""
+    return Padding(text, (0, 0, 0, by))
 
 
 def _costs(region: RegionRecord) -> Iterator[str]:
