@@ -9,6 +9,7 @@ function arrange(box, isOpen) {
   if (!box.open) return sizeClosed(box);
   for (const child of box.children) arrange(child, isOpen);
   box.paths = [];
+  box.stubs = null;
   if (box.kind === "fold") grid(box);
   else rows(box);
 }

@@ -1,24 +1,30 @@
-// The drawing of one stage as SVG text: frames of open groups, then edges, then boxes on top of them.
+// The drawing of a part of one stage as SVG text: frames of open groups, then edges, then boxes on top of them.
 
-function drawing(root, look) {
+const AROUND = 16;  // how far badges and ends of edges stick out of a box
+
+// `shown` has the area to draw, and whether all is too small to be read: then boxes are faces, and edges have no arrows.
+function drawing(root, look, shown) {
   const parts = { frames: [], edges: [], boxes: [] };
-  drawBox(root, look, parts);
+  drawBox(root, look, shown, parts);
   return `<g class="frames">${parts.frames.join("")}</g><g class="edges">${parts.edges.join("")}</g>` +
     `<g class="overlay"></g><g class="boxes">${parts.boxes.join("")}</g>`;
 }
 
-function drawBox(box, look, parts) {
+function drawBox(box, look, shown, parts) {
+  if (!meets(shown, box.ax - AROUND, box.ay - AROUND, box.ax + box.w + AROUND, box.ay + box.h + AROUND)) return;
   if (!box.open) {
-    parts.boxes.push(closedBox(box, look));
+    parts.boxes.push(shown.specks ? speck(box, look) : closedBox(box, look));
     return;
   }
   if (box.parent) {
     parts.frames.push(frame(box));
     parts.boxes.push(header(box, look));
   }
-  parts.edges.push(groupEdges(box));
-  for (const child of box.children) drawBox(child, look, parts);
+  parts.edges.push(groupEdges(box, shown));
+  for (const child of box.children) drawBox(child, look, shown, parts);
 }
+
+const meets = (area, left, top, right, bottom) => left < area.right && area.left < right && top < area.bottom && area.top < bottom;
 
 const at = (box) => `transform="translate(${box.ax.toFixed(1)} ${box.ay.toFixed(1)})"`;
 
@@ -31,6 +37,10 @@ function header(box, look) {
     `<rect class="grip" width="${box.w}" height="${SPACE.header - 4}" rx="8"/>` +
     `<text class="toggle" data-toggle="${box.id}" x="12" y="18">▾</text>` +
     `<text class="label" x="28" y="18">${escapeText(box.title)}</text>${badge(box, look)}<title>${escapeText(tip(box))}</title></g>`;
+}
+
+function speck(box, look) {
+  return `<g class="box ${look.colour(box)} ${look.mark(box)}" data-id="${box.id}" ${at(box)}><rect class="face" width="${box.w}" height="${box.h}"/></g>`;
 }
 
 function closedBox(box, look) {
@@ -65,13 +75,25 @@ function tip(box) {
   return [box.node.name, box.node.text, box.node.line].filter(Boolean).map((text) => shortened(text)).join("\n");
 }
 
-function groupEdges(box) {
+function groupEdges(box, shown) {
   if (box.kind === "fold") return "";
-  const ends = endsOf(box);
-  return [
-    ...box.paths.map((path) => edgePath(box, path, ends)),
-    ...ends.stubs.map((stub) => stubPath(box, stub)),
-  ].join("");
+  const paths = box.paths.filter((path) => meets(shown, ...reach(box, path)));
+  if (shown.specks) return `<path d="${paths.map((path) => route(box, path)).join("")}"/>`;
+  const stubs = stubsOf(box).filter(({ x, y }) => meets(shown, x + box.ax - AROUND, y + box.ay - AROUND, x + box.ax + AROUND, y + box.ay + AROUND));
+  return [...paths.map((path) => edgePath(box, path)), ...stubs.map((stub) => stubPath(box, stub))].join("");
+}
+
+// The area that an edge stays in.
+function reach(box, { items }) {
+  const left = Math.min(...items.map((item) => item.x - item.w / 2));
+  const right = Math.max(...items.map((item) => item.x + item.w / 2));
+  return [box.ax + left, box.ay + items[0].bottom, box.ax + right, box.ay + items[items.length - 1].top];
+}
+
+// The ends that are drawn as dots. Spreads all ends, once for each arrangement.
+function stubsOf(box) {
+  box.stubs = box.stubs || endsOf(box).stubs;
+  return box.stubs;
 }
 
 // Where edges touch each box: spread over its width, in the order of where they come from or go to.
@@ -100,15 +122,19 @@ function spread(child, list, side, stubs) {
   stubs.push({ x: middle + aside, y: side === "in" ? child.y : child.y + child.h, side });
 }
 
-function edgePath(box, { edge, items }) {
+function edgePath(box, path) {
+  const width = (1.1 + Math.min(2.4, Math.log2(path.edge.count) * 0.35)).toFixed(1);
+  return `<path d="${route(box, path)}" stroke-width="${width}" marker-end="url(#arrow)"/>`;
+}
+
+function route(box, { edge, items }) {
+  stubsOf(box);
   const points = items.flatMap((item, i) => {
     if (i === 0) return [[edge.out, item.bottom], [edge.out, item.rowBottom]];
     if (i === items.length - 1) return [[edge.in, item.rowTop], [edge.in, item.top - 1]];
     return [[item.x, item.top], [item.x, item.bottom]];
   }).map(([x, y]) => [x + box.ax, y + box.ay]);
-  const width = (1.1 + Math.min(2.4, Math.log2(edge.count) * 0.35)).toFixed(1);
-  edge.d = curve(points);
-  return `<path d="${edge.d}" stroke-width="${width}" marker-end="url(#arrow)"/>`;
+  return curve(points);
 }
 
 // Vertical at every point, so that an edge leaves and meets boxes straight.
@@ -145,8 +171,8 @@ function overlay(boxes, stage) {
 function routed(from, to) {
   if (from.parent !== to.parent || from.parent.kind === "fold") return "";
   const [a, b] = [from, to].map((box) => from.parent.children.indexOf(box));
-  const edge = from.parent.edges.find((each) => each.from === a && each.to === b);
-  return edge && !edge.far ? edge.d : "";
+  const path = from.parent.paths.find(({ edge }) => edge.from === a && edge.to === b);
+  return path ? route(from.parent, path) : "";
 }
 
 const direct = (from, to) => curve([[from.ax + from.w / 2, from.ay + from.h], [to.ax + to.w / 2, to.ay - 1]]);

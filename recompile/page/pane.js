@@ -1,6 +1,7 @@
-// One stage on the screen: draws it, pans and zooms it, and says what was clicked.
+// One stage on the screen: draws what can be seen of it, pans and zooms it, and says what was clicked.
 
 const MARGIN = 12;  // pixels around the drawing
+const SPECKS = 0.25;  // the scale below which no label can be read
 
 class Pane {
   constructor(element, side, actions) {
@@ -9,6 +10,7 @@ class Pane {
     this.svg = element.querySelector("svg");
     this.camera = element.querySelector(".camera");
     this.listen();
+    new ResizeObserver(() => { if (this.root) this.move(); }).observe(this.svg);
   }
 
   // Shows stage k; `look` gives colours and marks. Says whether another graph was on the screen before.
@@ -19,14 +21,34 @@ class Pane {
     this.element.querySelector(".caption").innerHTML = caption;
     arrange(this.root, (box) => graph.open.get(box.key));
     locate(this.root, 0, 0);
-    this.camera.innerHTML = drawing(this.root, look);
+    this.drawn = this.marks = null;
     this.move();
     return fresh;
+  }
+
+  // Draws `area`, by default what can be seen and half as much to each side, unless that is drawn already.
+  draw(area) {
+    const specks = this.scale < SPECKS;
+    const { left, top, right, bottom } = this.seen();
+    const drawn = this.drawn;
+    if (!area && drawn && drawn.specks === specks && drawn.left <= left && drawn.top <= top && drawn.right >= right && drawn.bottom >= bottom) return;
+    const [dx, dy] = [(right - left) / 2, (bottom - top) / 2];
+    this.drawn = { ...(area || { left: left - dx, top: top - dy, right: right + dx, bottom: bottom + dy }), specks };
+    this.camera.innerHTML = drawing(this.root, this.look, this.drawn);
+    if (this.marks) this.mark(...this.marks);
+  }
+
+  // The part of the drawing that can be seen.
+  seen() {
+    const { width, height } = this.svg.getBoundingClientRect();
+    const [left, top] = [-this.x / this.scale, -this.y / this.scale];
+    return { left, top, right: left + width / this.scale, bottom: top + height / this.scale };
   }
 
   // Only the marks change: cheaper than drawing anew.
   // `reach`: with the edges of what is selected.
   mark(names, primary, hits, reach) {
+    this.marks = [names, primary, hits, reach];
     const seen = new Map();
     for (const name of hits) seen.set(visible(this.stage, name), "hit");
     const boxes = new Set([...names].map((name) => visible(this.stage, name)).filter(Boolean));
@@ -76,6 +98,7 @@ class Pane {
   move() {
     this.camera.setAttribute("transform", `translate(${this.x} ${this.y}) scale(${this.scale})`);
     this.svg.classList.toggle("tiny", this.scale < 0.35);
+    this.draw();
   }
 
   zoom(factor, cx, cy) {

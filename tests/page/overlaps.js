@@ -1,4 +1,7 @@
 // How many boxes there are, how many pairs of boxes and frames meet that should not, how many labels stick out.
+// All of the drawing counts, and not only what can be seen of it.
+const all = { left: -Infinity, top: -Infinity, right: Infinity, bottom: Infinity };
+Object.values(panes).forEach((pane) => pane.draw(all));
 const face = (box) => box.querySelector(".face:not(.behind)").getBoundingClientRect();
 const boxes = [...document.querySelectorAll(".boxes > .box")];
 const shapes = boxes.map(face);

@@ -36,6 +36,29 @@ def test_a_large_graph_opens_in_a_second(page):
     assert spent < 1000
 
 
+DRAWN = "return document.querySelectorAll('[data-pane=after] .boxes > .box').length"
+
+
+def test_of_a_large_graph_only_what_can_be_seen_is_drawn(page):
+    page.open("large", "pass=1")
+    spent = page.js(
+        "const t = performance.now(); ACTS.expand(); panes.after.seen(); return performance.now() - t"
+    )
+    assert spent < 2000 and 20 < page.js(DRAWN) < 1000  # 0.3 s and 180 boxes on a busy machine of two cores
+    first = set(page.boxes())
+    page.js("panes.after.y -= 5000; panes.after.move()")  # as a drag does
+    assert 20 < page.js(DRAWN) < 1000 and set(page.boxes()) != first
+    page.js("selectNode('n_4900')")
+    assert page.selected() == page.selected("before") != []
+    page.key("0")  # all of it, too small to be read: faces without labels
+    assert page.js(DRAWN) > 4900 and not page.boxes()
+    assert (
+        len(page.js("return [...document.querySelectorAll('[data-pane=after] .selected')].map(String)")) == 1
+    )
+    page.js("panes.after.zoom(60, ...panes.after.centre())")
+    assert 0 < len(page.boxes()) < 1000
+
+
 @pytest.mark.parametrize("keys", ["", "c", "e"])
 @pytest.mark.parametrize(("name", "view"), [("tables", "pass=2"), ("large", "pass=1")])
 def test_nothing_overlaps_open_or_closed(page, name, view, keys):
