@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -96,6 +96,24 @@ def _kernels(recording: Recording, index: int) -> dict[str, str]:
         made[name] = _headed(kernel, node, recording, last)
         if node and not kernel.is_backward:
             node["kernel"] = node["kernel"] or name
+    made |= _launched(recording, last)
+    return made
+
+
+def _launched(recording: Recording, last: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The user's own Triton kernels, each once. Nodes of the last stage are told theirs."""
+    users: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for name, kernel in recording.launches.items():
+        if name in last:
+            users[kernel].append(last[name])
+    made: dict[str, str] = {}
+    for (kernel_name, source), nodes in users.items():
+        name = _free(f"kernels/your-{kernel_name}", "py", made)
+        lines = [f"your Triton kernel {kernel_name}, launched by {', '.join(n['name'] for n in nodes)}"]
+        lines += dict.fromkeys(n["line"] for n in nodes if n["line"])
+        made[name] = "\n".join([*(f"# {line}" for line in lines), "", source])
+        for node in nodes:
+            node["kernel"] = name
     return made
 
 

@@ -13,6 +13,7 @@ from .errors import StrictError
 from .journal import Journal
 from .node_entry import entry, example, input_entry
 from .report import GraphRecord, PassRecord, frame_line
+from .torch_private.triton_kernels import launched
 
 
 @contextmanager
@@ -45,6 +46,9 @@ class Recording:
         self.inputs: list[dict[str, Any]] = []
         self.regions: list[dict[str, Any]] = []
         self.programs: list[str] = []  # of Inductor, for forward and backward
+        self.launches: dict[
+            str, tuple[str, str]
+        ] = {}  # name and source of the user's Triton kernels, by node
         self._journal = Journal()
         self._numbers: dict[tuple[str, str], int] = {}  # (name, text) -> place in `nodes`
         self._seen: dict[fx.Node, tuple[Any, Any, Any, int]] = {}
@@ -80,9 +84,15 @@ class Recording:
         """Takes down the regions of the final graph, and follows it no longer."""
         with tolerating(self.folder, self.strict):
             self._journal.leave(gm)
+            self._launches(gm.graph)
             self.regions = [
                 {"name": node.name, "op": str(node.target), "args": example(node.args)} for node in regions
             ]
+
+    def _launches(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if (kernel := launched(node)) is not None:
+                self.launches[node.name] = kernel
 
     def _first(self, gm: fx.GraphModule, ms: float) -> None:
         self.title = next(filter(None, map(frame_line, gm.graph.nodes)), "")
