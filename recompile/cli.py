@@ -43,7 +43,11 @@ def load(target: str) -> Callable[..., Any]:
     """
     module, colon, function = target.partition(":")
     if not colon:
-        raise RecompileError("not a target", expected="package.module:function", got=target)
+        raise RecompileError(
+            "not a target",
+            expected="package.module:function; for explain, or the folder of a dump",
+            got=target,
+        )
     sys.path.insert(0, "")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
@@ -52,6 +56,22 @@ def load(target: str) -> Callable[..., Any]:
             "the target cannot be loaded", expected="package.module:function", got=str(error)
         ) from error
     return found
+
+
+def built(build: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
+    """The model and the example inputs that a target's function returns.
+
+    Raises:
+        RecompileError: it returns something else.
+    """
+    found = build()
+    pair = isinstance(found, (tuple, list)) and len(found) == 2
+    if not (pair and callable(found[0]) and isinstance(found[1], (tuple, list))):
+        got = f"({', '.join(type(part).__name__ for part in found)})" if pair else type(found).__name__
+        raise RecompileError(
+            "the function gives no model with its example inputs", expected="(model, (input, ...))", got=got
+        )
+    return found[0], tuple(found[1])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,7 +152,7 @@ def _explain(args: argparse.Namespace) -> int:
     if Path(args.target).is_dir():
         report = read(Path(args.target)).report
     else:
-        model, inputs = load(args.target)()
+        model, inputs = built(load(args.target))
         with torch.no_grad():
             report = explain(model, *inputs, profile=args.profile)
     print(report.to_json() if args.json else report.text())
@@ -142,7 +162,7 @@ def _explain(args: argparse.Namespace) -> int:
 def _bisect(args: argparse.Namespace) -> int:
     from .bisect import bisect
 
-    model, inputs = load(args.target)()
+    model, inputs = built(load(args.target))
     found = bisect(model, *inputs, train=args.train, tolerance=args.tolerance)
     print(found)
     return int(found.rewrite is not None)
@@ -152,10 +172,10 @@ def _package(args: argparse.Namespace) -> int:
     from .package import package
     from .report import collect
 
-    model, inputs = load(args.target)()
-    shapes = tree_map(_any_first_size, tuple(inputs)) if args.dynamic else None
+    model, inputs = built(load(args.target))
+    shapes = tree_map(_any_first_size, inputs) if args.dynamic else None
     with collect() as report:
-        path = package(model, tuple(inputs), dynamic_shapes=shapes, path=args.out)
+        path = package(model, inputs, dynamic_shapes=shapes, path=args.out)
     print(f"{report.text()}\n{path}")
     return 0
 
@@ -190,9 +210,9 @@ def _sized(
     """The model, its inputs by batch size, and the batch sizes to run."""
     from .bench import resize, rows_of
 
-    model, inputs = build()
+    model, inputs = built(build)
     if not batches:
-        return model, lambda batch: tuple(inputs), (rows_of(tuple(inputs)),)
+        return model, lambda batch: inputs, (rows_of(inputs),)
     if "batch" in inspect.signature(build).parameters:
-        return model, lambda batch: tuple(build(batch=batch)[1]), batches
-    return model, partial(resize, tuple(inputs)), batches
+        return model, lambda batch: built(partial(build, batch=batch))[1], batches
+    return model, partial(resize, inputs), batches

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .options import Options
+from .pass_list import ordered, parse_passes
 from .report import Report, collect
 
 
@@ -28,6 +30,9 @@ def explain(
         options: as for `torch.compile(backend="recompile", options=...)`.
         train: compile for training, with autograd; otherwise for inference, under `torch.no_grad()`.
         profile: run it some more times, and measure each region's forward kernel (on CPUs).
+
+    Raises:
+        OptionError, PassOrderError: of `options`.
     """
     from .torch_private.generated_code import programs  # it needs Dynamo
 
@@ -57,6 +62,10 @@ def compiling(
     Dynamo keeps what it compiled by backend: with `backend="recompile"` it would find earlier graphs again.
     """
     from .backend import recompile
+
+    ordered(
+        parse_passes(Options.from_dict(options).passes)
+    )  # an error here is not wrapped in one of Dynamo's
 
     def afresh(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return recompile(gm, inputs, options=options)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
@@ -46,17 +47,26 @@ def _graph(graph: GraphRecord) -> Iterator[RenderableType]:
     if graph.passes:
         yield _passes(graph.passes)
     for region in graph.regions:
-        yield _indented(Text(f"{region.name}: {region.summary}", style="green"), 2)
-        yield from (_indented(Text(line, style="cyan"), 6) for line in _costs(region))
-        yield from (_indented(Text(line), 6) for line in _folded(region.lines))
-    lines = [*_idle(graph.passes), *(line for record in graph.passes for line in _not_done(record))]
-    yield from (_indented(Text(line), 2) for line in lines)
+        yield _Indented(Text(f"{region.name}: {region.summary}", style="green"), 2)
+        yield from (_Indented(Text(line, style="cyan"), 6) for line in _costs(region))
+        yield from (_Indented(Text(line), 6) for line in _folded(region.lines))
+    lines = [*(line for record in graph.passes for line in _not_done(record)), *_idle(graph.passes)]
+    yield from (_Indented(Text(line), 2) for line in lines)
     yield Text("")
 
 
-def _indented(text: Text, by: int) -> Padding:
-    """A line under an indent that its continuations have, too."""
-    return Padding(text, (0, 0, 0, by))
+@dataclass(frozen=True)
+class _Indented:
+    """A line that its continuations stand behind."""
+
+    text: Text
+    by: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        more = self.by + 4
+        first, *rest = self.text.wrap(console, max(options.max_width - more, 20))
+        yield Padding(first, (0, 0, 0, self.by))
+        yield from (Padding(line, (0, 0, 0, more)) for line in rest)
 
 
 def _costs(region: RegionRecord) -> Iterator[str]:

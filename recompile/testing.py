@@ -18,6 +18,7 @@ from .options import Options
 from .pipeline import run_passes
 from .report import GraphRecord, Refusal, Report
 from .rewrite import Pass
+from .wording import plural
 
 
 @dataclass
@@ -60,7 +61,9 @@ def assert_rewrites(
     seen = _see(model, args, dynamic)
     record, each = _apply(rule, seen)
     refused = "".join(f"\n  {refusal.why} [{refusal.node}]" for refusal in _refusals(record))
-    assert _fired(record), f"{each.name()} did not fire{refused}\n{text(seen.gm)}"
+    tried = sum(rule.tried for done in record.passes for rule in done.rules)
+    why = refused or f": it tried {plural(tried, 'node')}, and none was near"
+    assert _fired(record), f"{each.name()} did not fire{why}\n{text(seen.gm)}"
     if expect is not None and is_updating() and _lines(text(seen.gm)) != _lines(expect):
         update(expect, text(seen.gm))
     elif expect is not None:

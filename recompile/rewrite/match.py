@@ -319,7 +319,7 @@ class _Literal:
     def says(self, found: Any) -> str:
         call = op_name(self.node.target)
         if self.expected is REQUIRED:
-            return f"the pattern does not say what {self.arg.name} of {call} is, found {_show(found)}"
+            return f"expected {call} without {self.arg.name}, found {_show(found)}"
         return f"expected {call} with {self.arg.name} {_show(self.expected)}, found {_show(found)}"
 
 

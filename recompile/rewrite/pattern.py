@@ -19,7 +19,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
 from recompile.errors import RecompileError
-from recompile.rewrite.schema import op_name
+from recompile.rewrite.schema import REQUIRED, bind, op_name, schema
 
 P = TypeVar("P", bound="Pattern")
 Dim = str | int | EllipsisType
@@ -198,17 +198,54 @@ class Ops:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Operator:
         """A call of `target`, such as `torch.ops.aten.var`, `operator.getitem` or a custom operator."""
         rest = bool(args) and args[-1] is ...
-        return Operator(target, args[:-1] if rest else args, kwargs, rest)
+        args = args[:-1] if rest else args
+        _check_call(target, args, kwargs, rest)
+        return Operator(target, args, kwargs, rest)
 
     def __getattr__(self, name: str) -> _Maker:
-        for known in (name, f"_{name}"):
-            if not name.startswith("__") and hasattr(torch.ops.aten, known):
-                return _Maker(self.call, getattr(torch.ops.aten, known))
-        if name.startswith("__"):
-            raise AttributeError(name)
+        return _Maker(self.call, aten_packet(name))
+
+
+def aten_packet(name: str) -> OpOverloadPacket:
+    """The ATen operator of this name, or of this name behind an underscore.
+
+    Raises:
+        RecompileError: there is none.
+        AttributeError: there is none, and `name` is one that Python asks for.
+    """
+    if name.startswith("__"):
+        raise AttributeError(name)
+    for known in (name, f"_{name}"):
+        if hasattr(torch.ops.aten, known):
+            packet: OpOverloadPacket = getattr(torch.ops.aten, known)
+            return packet
+    raise RecompileError(f"aten has no operator {name!r}", try_="op.call(torch.ops.<library>.<name>, ...)")
+
+
+def _check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rest: bool) -> None:
+    """Raises RecompileError where no overload of `target` can be called like this: nothing would ever match."""
+    packet = isinstance(target, OpOverloadPacket)
+    overloads = [getattr(target, name) for name in target.overloads()] if packet else [target]
+    if not all(isinstance(overload, OpOverload) for overload in overloads):
+        return
+    calls = [(overload, bind(overload, args, kwargs)) for overload in overloads]
+    fitting = [(overload, given) for overload, given in calls if given is not None]
+    if not fitting:
         raise RecompileError(
-            f"aten has no operator {name!r}", try_="op.call(torch.ops.<library>.<name>, ...)"
+            f"{op_name(target)} cannot be called like this in a pattern",
+            expected=" or ".join(str(overload._schema) for overload in overloads[:3]),
+            got=f"{len(args)} positional, {', '.join(kwargs) or 'no'} named",
         )
+    missing = [_missing(overload, given) for overload, given in fitting]
+    if all(missing) and not rest:
+        raise RecompileError(
+            f"the pattern does not say what {', '.join(missing[0])} of {op_name(target)} is",
+            try_="op.any for any value, or ... behind the positional arguments for all that is left",
+        )
+
+
+def _missing(overload: OpOverload, given: dict[str, Any]) -> list[str]:
+    return [arg.name for arg in schema(overload) if arg.default is REQUIRED and arg.name not in given]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from recompile.errors import RecompileError
 from recompile.rewrite.base import Context, Pass, Refuse
 from recompile.rewrite.build import Builder
 from recompile.rewrite.effects import Effects, is_pure
 from recompile.rewrite.match import Found, Matcher
-from recompile.rewrite.pattern import Ops, Pattern
+from recompile.rewrite.pattern import Ops, Pattern, aten_packet
 from recompile.rewrite.replace import replace
 
 
@@ -74,7 +75,7 @@ class Calls:
         self.call = builder.call
 
     def __getattr__(self, name: str) -> Any:
-        packet = getattr(torch.ops.aten, name)
+        packet = aten_packet(name)
         return lambda *args, **kwargs: self.call(packet, *args, **kwargs)
 
 
@@ -121,7 +122,11 @@ class Rule(Pass):
         try:
             builder = Builder(matcher.effects, place(found, matcher.effects), self.name(), root)
             match = Match(found, builder)
-            self.check(match)
+            said: object = self.check(match)  # type: ignore[func-returns-value]
+            if said is not None:
+                raise RecompileError(
+                    f"{self.name()}'s check gives {said!r}, which means nothing", try_='raise Refuse("why")'
+                )
             ctx.begin(self.name(), root)
             replace(found.roots, self.rewrite(match), builder)
         except Refuse as refusal:

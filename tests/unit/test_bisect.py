@@ -92,6 +92,18 @@ def test_the_limit_stops_every_pass(limit):
     made.clear()
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"pases": "default"}, "unknown option 'pases'; did you mean 'passes'"),
+        ({"passes": "default,fuse-lookup"}, "unknown pass 'fuse-lookup'; did you mean 'fuse-lookups'"),
+    ],
+)
+def test_a_wrong_option_is_told_without_dynamos_words(options, says):
+    with pytest.raises(OptionError, match=says):
+        recompile.explain(torch.relu, torch.ones(2), options=options)
+
+
 def test_the_environment_sets_the_limit(monkeypatch):
     monkeypatch.setenv("RECOMPILE_REWRITE_LIMIT", "7")
     assert Options.from_dict({}).rewrite_limit == 7

@@ -23,6 +23,12 @@ class Tiny(torch.nn.Module):
 def fixed():
     return Tiny(), (torch.arange(24).reshape(6, 4),)
 
+def alone():
+    return Tiny()
+
+def no_tuple():
+    return Tiny(), torch.arange(24).reshape(6, 4)
+
 def sized(batch=3):
     return Tiny(), (torch.zeros(batch, 4, dtype=torch.int64),)
 """
@@ -39,6 +45,14 @@ def target(tmp_path, monkeypatch):
 def test_a_bad_target_says_what_is_expected(wrong, says, capsys):
     assert cli.main(["explain", wrong]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["explain", "bench", "bisect", "package"])
+@pytest.mark.parametrize(("function", "got"), [("alone", "Tiny"), ("no_tuple", "(Tiny, Tensor)")])
+def test_a_function_that_gives_no_model_with_inputs_is_told(target, command, function, got, capsys):
+    assert cli.main([command, f"{target}:{function}"]) == 2
+    said = capsys.readouterr().err
+    assert "expected: (model, (input, ...))" in said and f"got: {got}\n" in said
 
 
 def test_explain_prints_the_report_as_text_and_as_json(target, capsys):

@@ -55,6 +55,22 @@ def test_the_same_refusal_is_folded_into_a_count():
     assert text.count("sparse") == 1
 
 
+def test_a_long_line_goes_on_behind_its_indent():
+    refused = [Refusal("of this", "n", f"m.py:3 in f: {'x + ' * 40}x")]
+    shown = report(pass_record(RuleRecord("mine", 1, 0, refused)), nodes_before=1).text(60).splitlines()
+    start = next(k for k, line in enumerate(shown) if line.startswith("  mine did not fire"))
+    assert all(
+        line.startswith(" " * 6) and line[6] in "x+" and len(line) <= 60
+        for line in shown[start + 1 : start + 3]
+    )
+    assert "graph 0: 1 node -> 0" in shown[0]
+
+
+def test_what_was_refused_stands_before_what_had_no_candidate():
+    text = report(pass_record(RuleRecord("idle"), RuleRecord("mine", 1, 0, [Refusal("of this")]))).text()
+    assert text.index("mine did not fire") < text.index("for want of candidates: idle")
+
+
 def test_many_sentences_of_one_rule_are_cut():
     refused = [Refusal(f"found {min(i, 13)}", f"n{i}") for i in range(16)]
     text = report(pass_record(RuleRecord("mine", 16, 0, refused))).text()

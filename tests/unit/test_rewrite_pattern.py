@@ -207,10 +207,10 @@ ONE_OPERATOR: dict[str, tuple[Callable[[Ops], Any], Callable[..., Any], str]] = 
         lambda w, i, x: F.dropout(x, 0.5, False),
         "expected dropout with p 0.1, found 0.5",
     ),
-    "an argument that has no default": (
-        lambda op: op.dropout(op.var("x"), p=0.5),
-        lambda w, i, x: F.dropout(x, 0.5, False),
-        "the pattern does not say what train of dropout is, found False",
+    "an argument of another overload": (
+        lambda op: op.sum(op.var("x")),
+        lambda w, i, x: x.sum(1),
+        "expected sum without dim, found [1]",
     ),
     "rank": (
         lambda op: op.relu(op.var("x", dims=("B", "D"))),
@@ -348,6 +348,10 @@ def test_several_outputs() -> None:
 def test_mistakes_in_a_pattern_are_errors() -> None:
     with pytest.raises(RecompileError, match="aten has no operator 'embeding'"):
         look(lambda op: op.embeding(op.var("x")), lambda x: x.relu(), torch.randn(2))
+    with pytest.raises(RecompileError, match=r"relu cannot be called like this in a pattern\n.*Tensor self"):
+        look(lambda op: op.relu(op.var("x"), dim=3), lambda x: x.relu(), torch.randn(2))
+    with pytest.raises(RecompileError, match=r"does not say what train of dropout is\n  try: op.any"):
+        look(lambda op: op.dropout(op.var("x"), p=0.5), lambda x: x.relu(), torch.randn(2))
     with pytest.raises(TypeError, match="a pattern starts with an operator"):
         look(lambda op: op.var("x"), lambda x: x.relu(), torch.randn(2))
 

@@ -219,6 +219,22 @@ def test_a_rule_that_changes_the_shape_is_an_error() -> None:
         run(wrong, lambda x: x.sum(1), torch.randn(2, 3))
 
 
+@pytest.mark.parametrize("said", [False, True, "why not"])
+def test_a_check_that_gives_something_is_an_error(said: Any) -> None:
+    class Checked(ReluOfSin):
+        def check(self, m: Match) -> Any:
+            return said
+
+    with pytest.raises(RecompileError, match=r"check gives .*, which means nothing\n  try: raise Refuse"):
+        run(Checked(), lambda x: x.sin().relu(), torch.randn(3))
+
+
+def test_an_operator_that_aten_has_not_is_an_error() -> None:
+    wrong = rule("misspelled", lambda op: op.relu(op.var("x")), lambda m: m.op.rellu(m["x"]))
+    with pytest.raises(RecompileError, match="aten has no operator 'rellu'"):
+        run(wrong, lambda x: x.relu(), torch.randn(3))
+
+
 def test_a_call_that_fails_says_so() -> None:
     wrong = rule("Wrong", lambda op: op.relu(op.var("x")), lambda m: m.op.mm(m["x"], m["x"]))
     with pytest.raises(RecompileError, match=r"mm\(float32\[2, 3\], float32\[2, 3\]\) fails"):
