@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
@@ -37,16 +37,16 @@ class Ledger:
         for node, given in now.items():
             if node in before and given[0] is not before[node][0]:
                 links.add_edges_from(_handed_over(before, now, node))
+        place = {node: k for k, node in enumerate(now)}
         for group in nx.connected_components(links):
-            self._account(group, before)
+            new = sorted((node for node in group if node not in before), key=place.__getitem__)
+            self._account(new, [node for node in group if node in before], before)
 
     def before(self, node: fx.Node) -> Cost:
         """The cost of all that `node` stands for; of itself if it was there from the start."""
         return self._replaced.get(node) or cost(node)
 
-    def _account(self, group: Iterable[fx.Node], before: dict[fx.Node, Any]) -> None:
-        new = [node for node in group if node not in before]
-        gone = [node for node in group if node in before]
+    def _account(self, new: list[fx.Node], gone: list[fx.Node], before: dict[fx.Node, Any]) -> None:
         heirs = [node for node in new if is_region(node)] or new
         if not heirs or not gone:
             return

@@ -7,8 +7,11 @@ from torch import nn
 
 import recompile
 from recompile.cost import Cost, cost
+from recompile.ledger import Ledger
 from recompile.report import CostRecord
 from recompile.testing import capture
+
+aten = torch.ops.aten
 
 F4 = 4  # bytes of a float
 
@@ -67,6 +70,29 @@ def test_a_region_beside_what_it_replaced():
         CostRecord(str(ids + 2 * rows), "0", ids + 2 * rows, 0),
     )
     assert "1.3 kB -> 720 B moved" in report.text()
+
+
+def test_the_first_of_several_new_nodes_stands_for_what_they_replace():
+    """Whatever order a set of nodes has: it differs from run to run."""
+    for _ in range(8):
+        gm = capture(
+            lambda x, w: torch.nn.functional.linear(x, w).mean(1), torch.ones(4, 9, 3), torch.ones(3, 3)
+        )
+        graph, (x, w) = gm.graph, gm.graph.find_nodes(op="placeholder")
+        ledger = Ledger(graph)
+        (mean,) = graph.find_nodes(op="call_function", target=aten.mean.dim)
+        replaced = cost(mean) + cost(mean.args[0])
+        with graph.inserting_after(mean):
+            first = graph.call_function(aten.mean.dim, (x, [1]))
+            first.meta["val"] = aten.mean.dim(x.meta["val"], [1])
+        with graph.inserting_after(first):
+            second = graph.call_function(aten.linear.default, (first, w))
+            second.meta["val"] = aten.linear.default(first.meta["val"], w.meta["val"])
+        mean.replace_all_uses_with(second)
+        for node in (mean, mean.args[0]):
+            graph.erase_node(node)
+        ledger.after(graph)
+        assert (ledger.before(first), ledger.before(second)) == (replaced, Cost())
 
 
 def test_of_dynamic_sizes():
