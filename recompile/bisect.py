@@ -36,10 +36,11 @@ class Found:
         if self.rewrite is None:
             whole = f"None of {plural(self.rewrites, 'rewrite')} changes the numbers"
             return f"{whole if self.rewrites else 'Nothing was rewritten'}: the error is {self.error:.0e}."
+        without = f"{self.before:.0e}" if self.before else "none"
         line = f"\n  at {self.rewrite.line}" if self.rewrite.line else ""
         return (
             f"Rewrite {self.number} of {self.rewrites} changes the numbers: {self.rewrite.rule} at node "
-            f"{self.rewrite.node}{line}\n  error {self.error:.0e} with it, {self.before:.0e} without"
+            f"{self.rewrite.node}{line}\n  error {self.error:.0e} with it, {without} without"
         )
 
 

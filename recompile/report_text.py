@@ -112,7 +112,9 @@ def _what(record: PassRecord) -> Iterator[str]:
     for rule in record.rules:
         name = "" if rule.name == record.name else f"{rule.name} "
         if rule.fired or rule.refused:
-            yield f"{name}fired {plural(rule.fired, 'time')}, tried {rule.tried}, refused {len(rule.refused)}"
+            fired = f"{name}fired {plural(rule.fired, 'time')}"
+            every = rule.fired == rule.tried and not rule.refused
+            yield fired if every else f"{fired}, tried {rule.tried}, refused {len(rule.refused)}"
 
 
 def _idle(records: list[PassRecord]) -> Iterator[str]:

@@ -45,6 +45,8 @@ def test_text_tells_what_a_pass_did():
     text = report(pass_record(RuleRecord("fuse-lookups", 3, 1)), nodes_before=9, nodes_after=4).text()
     assert "graph 0: 9 nodes -> 4" in text
     assert "fired 1 time, tried 3, refused 0" in text
+    text = report(pass_record(RuleRecord("fuse-lookups", 3, 3))).text()
+    assert text.splitlines()[2].endswith("    fired 3 times")  # all that were tried
 
 
 def test_the_same_refusal_is_folded_into_a_count():
