@@ -68,8 +68,7 @@ def models(only: str) -> Iterator[Result]:
         if only and only not in f"models {name}":
             continue
         built = build(name)
-        batches = (1, 64, *built.batches)
-        for row in bench(name, built.model, built.inputs, batches, against=[BASE], seconds=1.0):
+        for row in bench(name, built.model, built.inputs, built.batches, against=[BASE], seconds=1.0):
             (small if row.batch in (1, 64) else large).append(row.ratio[BASE])
             yield _speed(row, 0.97)
     if small:
@@ -85,10 +84,10 @@ def attention(only: str) -> Iterator[Result]:
     yield from _padding(only)
     yield from _attention_memory(only)
     ratios: list[float] = []
-    for name in attention_cases.SEQUENCE_MODELS:
+    for name, batches in attention_cases.SEQUENCE_MODELS.items():
         if only in f"models {name}":
             built = build(name)
-            for row in bench(name, built.model, built.inputs, (64, 512), against=[BASE], seconds=1.0):
+            for row in bench(name, built.model, built.inputs, batches, against=[BASE], seconds=1.0):
                 ratios.append(row.ratio[BASE])
                 yield _speed(row, 0.97)
     if ratios:

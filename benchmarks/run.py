@@ -47,8 +47,8 @@ def main() -> int:
         for result in GROUPS[group](args.only):
             results.append(result)
             console.print(result.line(), markup=False, highlight=False)
+            _keep(args.out, results)  # at once: a later case may fail, or take too long
     console.print(_table(results))
-    _keep(args.out, results)
     return 0
 
 

@@ -40,7 +40,7 @@ class _Recipe:
 _recipes: dict[str, _Recipe] = {}
 
 
-def recipe(name: str, builder: Builder, batches: tuple[int, ...] = (512, 2048)) -> None:
+def recipe(name: str, builder: Builder, batches: tuple[int, ...] = (1, 64, 512, 2048)) -> None:
     """Register a model under `family.Model`."""
     _recipes[name] = _Recipe(builder, batches)
 
