@@ -45,7 +45,7 @@ from .contractions import Contraction, contraction
 
 aten = torch.ops.aten
 _ROW_MAX = (aten.amax.default, aten.max.dim)
-_CHOOSING = (aten.where, aten.masked_fill, aten.masked_fill_, aten.tril, aten.triu)
+_CHOOSING = (aten.where, aten.masked_fill, aten.tril, aten.triu)
 _EXACT = frozenset("ijMN")
 
 

@@ -149,20 +149,26 @@ class _Family:
             self.now[target] = new
 
     def _filled(self, node: fx.Node, target: fx.Node, build: Builder) -> fx.Node | None:
-        """What is written into a part of the owner, whatever stood there; None if that is something else."""
+        """What `copy_`, `fill_` or `zero_` writes, whatever stood there; None for another operator.
+
+        `aten.copy` has no derivative, and takes the old values for read.
+        """
         name, was = op_name(node.target), target.meta["val"]
-        if name not in ("copy_", "fill_", "zero_") or op_name(target.target) not in _PARTS:
+        value: Any = {"copy_": node.args[1:2], "fill_": node.args[1:2], "zero_": (0,)}.get(name, (None,))[0]
+        if value is None:
             return None
-        value: Any = node.args[1] if name != "zero_" else 0
         if not isinstance(value, fx.Node):
             value = build.call(aten.full.default, [], value, dtype=was.dtype, device=was.device)
         elif self._is_kin(value):
             value = self._value(value)
         if value.meta["val"].device != was.device:
-            return None
+            raise Refuse(f"{name} copies from another device", node)
         if value.meta["val"].dtype is not was.dtype:
             value = build.call(aten.to.dtype, value, was.dtype)
-        return build.call(aten.expand.default, value, list(was.shape))
+        spread = build.call(aten.expand.default, value, list(was.shape))
+        if op_name(target.target) in _PARTS:
+            return spread
+        return build.call(aten.clone.default, spread, memory_format=torch.contiguous_format)
 
     def _computed(self, node: fx.Node, target: fx.Node, build: Builder) -> fx.Node:
         """What `node` writes, by the operator that does not write it."""

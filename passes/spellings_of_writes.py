@@ -33,20 +33,6 @@ def _number(value: fx.Node) -> Any:
     return value.args[1] if filled else value
 
 
-@spelling(aten.fill)
-def full_like_from_fill(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
-    """`fill(x, 3)` is `full_like(x, 3)`."""
-    value = given["value"]
-    value = _number(value) if isinstance(value, fx.Node) else value
-    return None if isinstance(value, fx.Node) else build.call(aten.full_like.default, given["self"], value)
-
-
-@spelling(aten.zero)
-def zeros_like_from_zero(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
-    """`zero(x)` is `zeros_like(x)`."""
-    return build.call(aten.zeros_like.default, given["self"])
-
-
 @spelling(*_SCATTERS)
 def cat_from_scatters(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`out[:, 0] = a; out[:, 1:] = b`, where that is all of `out`, is `cat([unsqueeze(a, 1), b], 1)`."""
