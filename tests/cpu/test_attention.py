@@ -344,16 +344,16 @@ def values_made_of_scores(q, k, v):
     return scores.softmax(-1) @ (v * scores.mean())
 
 
-def filled_in_place(q, k, v):
+def wiped_in_place(q, k, v):
     scores = q @ k.mT
-    scores.masked_fill_(torch.ones(N, N, dtype=torch.bool).triu(1), -1e9)
-    return scores.softmax(-1) @ v
+    p = scores.softmax(-1)
+    scores.detach().zero_()
+    return p @ v
 
 
-def added_in_place(q, k, v):
+def drawn_in_place(q, k, v):
     scores = q @ k.mT
-    scores += 1.0
-    return scores.softmax(-1) @ v
+    return scores.bernoulli_(0.5).softmax(-1) @ v
 
 
 def accumulated(q, k, v):
@@ -380,8 +380,8 @@ REFUSED = [
     (scores_returned, "scores are also returned to the caller", "softmax"),
     (softmax_over_queries, "softmax runs over the query axis", "softmax"),
     (values_made_of_scores, "scores are also read by mean", "matmul"),
-    (filled_in_place, "the scores are written in place", ""),
-    (added_in_place, "add_ between the scores and the values is not supported", "add_"),
+    (wiped_in_place, "the scores are written in place", ""),
+    (drawn_in_place, "bernoulli_ between the scores and the values is not supported", "bernoulli_"),
     (accumulated, "cumsum between the scores and the values is not supported", "cumsum"),
     (of_two_products, "the weights are made of two products", "matmul"),
     (softmax_of_softmax, "two softmaxes stand one after the other", "softmax_1"),

@@ -13,7 +13,7 @@ B, N, D = 3, 5, 8
 KEPT = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()[:, None]
 EARLIER = torch.ones(N, N).tril().bool()
 NONE = float("-inf")
-HEADS = torch.tensor([[1.0, 0.5], [-0.3, 2.0]], dtype=torch.float64)
+HEADS = nn.Parameter(torch.tensor([[1.0, 0.5], [-0.3, 2.0]], dtype=torch.float64))
 
 
 class Model(nn.Module):
