@@ -182,7 +182,7 @@ REFUSED = {
 def _written(m, x):
     other = x.cumsum(1)
     kept = (other != 0)[..., None].double()
-    other.fill_(1)
+    other.detach().fill_(1)
     return (m.table(x) * kept).sum(1)
 
 
