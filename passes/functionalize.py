@@ -28,6 +28,7 @@ from recompile.rewrite.schema import op_name, out_of_place
 from .axes import shape
 
 aten = torch.ops.aten
+_PRODUCTS = ("addmm_", "addmv_", "addr_", "baddbmm_", "addbmm_")
 _PARTS = ("slice", "select", "diagonal")
 _RESHAPES = (aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze, aten.alias)
 
@@ -125,6 +126,8 @@ class _Family:
             raise Refuse(f"{name} draws random numbers in place", node)
         if out_of_place(node.target) is None:
             raise Refuse(f"there is no {name} that makes a new tensor", node)
+        if name in _PRODUCTS and self.effects.autocasts[node]:
+            raise Refuse(f"autocast lets {name[:-1]} compute in another dtype than {name}", node)
         switches = [n for n in self.effects.grad_switches if self.owner < n < node]
         if switches and not switches[-1].args[0]:
             raise Refuse(f"{name} writes without gradients to what may have some", node)
@@ -135,9 +138,9 @@ class _Family:
     def _write(self, node: fx.Node) -> None:
         """Makes the value that the owner has after the write `node`."""
         build = Builder(self.effects, node, self.rule)
+        self.builders.append(build)
         place = target = self._target(node)
         new = value = self._filled(node, target, build) or self._computed(node, target, build)
-        self.builders.append(build)
         while place is not self.owner:
             parent = self._target(_parent(place))
             value = _put_back(place, value, self._value(parent), shape(parent), build)

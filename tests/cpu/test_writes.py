@@ -146,6 +146,11 @@ def without_gradients(q, k, v):
     return x * k
 
 
+def product_under_autocast(q, k, v):
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.zeros(3, 5, 5).baddbmm_(q, k.mT)
+
+
 def random_numbers(q, k, v):
     return torch.zeros(3, 5, 8).uniform_(1, 1) * q
 
@@ -155,6 +160,7 @@ STAYS = {  # the refusals, and the model
     "outputs that share memory": (["mul_ and view are outputs that share memory"], outputs_share),
     "data without its gradient": (["a write into a view by detach stays"], through_detach),
     "no_grad": (["mul_ writes without gradients to what may have some"], without_gradients),
+    "autocast": (["autocast lets baddbmm compute in another dtype than baddbmm_"], product_under_autocast),
     "random numbers": (["uniform_ draws random numbers in place"], random_numbers),
 }
 
