@@ -127,6 +127,7 @@ def deepfm_with_tags(data: Data) -> tuple[nn.Module, Inputs]:
 
 for _name, _make in MODELS.items():
     recipe(f"deepctr.{_name}", _builder(_make))
+recipe("deepctr.DCNMix", _builder(MODELS["DCNMix"]), (64, 512, 2048))  # it fails in eager with one sample
 recipe("deepctr.DIN", din)
 recipe("deepctr.DIEN", dien, (1, 64, 256, 1024))
 recipe("deepctr.DeepFMVarLen", deepfm_with_tags)
