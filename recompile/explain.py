@@ -63,9 +63,8 @@ def compiling(
     """
     from .backend import recompile
 
-    ordered(
-        parse_passes(Options.from_dict(options).passes)
-    )  # an error here is not wrapped in one of Dynamo's
+    # An error here is not wrapped in one of Dynamo's.
+    ordered(parse_passes(Options.from_dict(options).passes))
 
     def afresh(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return recompile(gm, inputs, options=options)
