@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensor
 
+from recompile import backend
 from recompile.capture import Captured, capture
 
 aten = torch.ops.aten
+
+
+@contextmanager
+def without_inductor() -> Iterator[None]:
+    """What the passes make runs by the reference of each region op: Inductor's code takes seconds to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "compile_fx", lambda gm, inputs, config_patches=None: aot_eager(gm, inputs))
+        yield
 
 
 class Backend:

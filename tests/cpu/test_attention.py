@@ -1,6 +1,7 @@
 """What is recognized as attention, and what is not. Kernels are tested in test_attention_kernel.py."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from recompile.passes.library_attention import by_library
 from recompile.passes.rewrite_attention import RewriteAttention
 from recompile.rewrite.schema import op_name
 from recompile.testing import assert_refuses, assert_rewrites, assert_rewritten_same
+from tests.capturing import without_inductor
 from tests.spellings import QKV, SPELLINGS, Spelling
 
 B, H, N, D = QKV[0]
@@ -231,6 +233,9 @@ ATTENDED = {
 }  # fmt: skip
 
 
+GENERATED = ("padding, and a sample without keys", "a bias", "heads inside rows")
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", ATTENDED)
 def test_the_library_s_attention_in_float32(name, dynamic):
@@ -239,8 +244,10 @@ def test_the_library_s_attention_in_float32(name, dynamic):
     torch.manual_seed(0)
     qkv = [torch.randn(3, H, N, D, requires_grad=True) for _ in range(3)]
     compiled = torch.compile(ATTENDED[name], backend="recompile", dynamic=dynamic, options={"strict": True})
-    with recompile.report.collect() as report:
-        actual, expected = compiled(*qkv), ATTENDED[name](*qkv)
+    generated = dynamic and name in GENERATED
+    with nullcontext() if generated else without_inductor(), recompile.report.collect() as report:
+        actual = compiled(*qkv)
+    expected = ATTENDED[name](*qkv)
     assert [region.op for region in report.graphs[0].regions] == ["recompile.attention.default"]
     assert actual.stride() == expected.stride()
     torch.testing.assert_close(actual, expected)

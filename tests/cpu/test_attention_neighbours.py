@@ -1,9 +1,12 @@
 """Attention and what it is easily confused by: detached operands, products of its own output, floor division."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import recompile
+from tests.capturing import without_inductor
 
 torch.manual_seed(0)
 MASK = torch.tensor([[1.0, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
@@ -73,7 +76,9 @@ def test_values_and_gradients_are_eagers(name, dtype):
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="recompile", options={"strict": True})
-    found, wanted = compiled(*inputs), model(*doubles)
+    with nullcontext() if dtype is torch.float32 else without_inductor():  # there is no kernel for float64
+        found = compiled(*inputs)
+    wanted = model(*doubles)
     seed = torch.randn_like(wanted)
     found_grads = torch.autograd.grad(found, inputs, seed.to(dtype), materialize_grads=True)
     wanted_grads = torch.autograd.grad(wanted, doubles, seed, materialize_grads=True)
