@@ -9,6 +9,7 @@ from . import (
     fuse_lookups,
     pool_sequences,
     rewrite_attention,
+    scale_queries,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "fuse_lookups",
     "pool_sequences",
     "rewrite_attention",
+    "scale_queries",
 ]
