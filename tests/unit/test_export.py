@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 def test_dot_has_every_node_and_edge(folder, capsys):
     assert cli.main(["export", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith('digraph "graph 0 after rewrite-attention" {') and text.endswith("}\n")
+    assert text.startswith('digraph "graph 0 after scale-queries" {') and text.endswith("}\n")
     assert '"lookup_default" [label="lookup_default: recompile.lookup.default' in text
     assert "fillcolor=lightgreen" in text and '"linear" -> "relu";' in text
 
