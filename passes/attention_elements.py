@@ -5,6 +5,7 @@ It is computed for each pair where that is cheaper than loading it, or loaded: s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import sympy
@@ -21,13 +22,13 @@ from recompile.torch_private.symbols import SYM, expression
 from . import score_ops
 from .attention_cone import CASTS, CONSTANTS, FILLED, is_filled
 from .axes import Axes, before_view, shape
-from .index_bounds import is_positive
+from .index_bounds import is_nonnegative
 
 aten = torch.ops.aten
 _EXACT = frozenset("ijMN")
 
 
-class Elements:
+class Elements(ABC):
     """Elements of the nodes of one region, and what is loaded for them.
 
     Args:
@@ -46,9 +47,9 @@ class Elements:
         self.covered: dict[fx.Node, None] = {}
         self._known: dict[tuple[fx.Node, Axes], sympy.Basic] = {}
 
+    @abstractmethod
     def _scored(self, node: fx.Node, axes: Axes) -> sympy.Basic:
         """The element of a node of `path`."""
-        raise NotImplementedError
 
     def element(self, node: fx.Node, axes: Axes) -> sympy.Basic:
         """The element of `node` at a pair of a query and a key.
@@ -180,7 +181,7 @@ class Elements:
         rows = shape(table)[0]
         if kind(place) != "integer":
             return None
-        if node.target is aten.index.Tensor and not is_positive(place, *self._counts()):
+        if node.target is aten.index.Tensor and not is_nonnegative(place, *self._counts()):
             if not isinstance(rows, int):
                 return None
             place = where(place < 0, place + rows, place)  # as Python's indices, from the end

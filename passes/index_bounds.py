@@ -8,16 +8,16 @@ from recompile.lowering import scalar
 from recompile.lowering.score import atleast, atmost, trunc, where
 
 
-def is_positive(index: sympy.Basic, queries: sympy.Basic, keys: sympy.Basic) -> bool:
+def is_nonnegative(index: sympy.Basic, queries: sympy.Basic, keys: sympy.Basic) -> bool:
     """Whether an index is known not to be below 0, for positions i below `queries` and j below `keys`."""
     if isinstance(index, sympy.Max):
-        return any(is_positive(part, queries, keys) for part in index.args)
+        return any(is_nonnegative(part, queries, keys) for part in index.args)
     if isinstance(index, (sympy.Min, where, atmost)):
-        return all(is_positive(part, queries, keys) for part in index.args[-2:])
+        return all(is_nonnegative(part, queries, keys) for part in index.args[-2:])
     if isinstance(index, atleast):
         return bool(index.args[1].is_nonnegative)
     if isinstance(index, trunc):
-        return is_positive(index.args[0], queries, keys)
+        return is_nonnegative(index.args[0], queries, keys)
     if index.is_number:
         return bool(index.is_nonnegative)
     i, j, n = (scalar.symbol(x) for x in "ijN")

@@ -2,9 +2,9 @@
 
     softmax(q @ k / c)   ->   softmax((q / c) @ k)        q [..., M, D], scores [..., M, N], D < N
 
-Attention that gives its weights to the caller stays as it is written (see `rewrite_attention.py`). Inductor makes two
-kernels' worth of a scaled softmax: it takes the maximum before the scale and after it, and for each row the one that
-keeps infinities right.
+Attention that gives its weights to the caller stays as it is written (see `rewrite_attention.py`). For a scaled
+softmax, Inductor (torch 2.13) computes each row's maximum before the scale and after it, and then chooses by whether
+all scores of the row are finite.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from recompile.cost import numel
 from recompile.rewrite import Match, Ops, Pattern, Refuse, Rule, any_of, register
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in float16, scaled queries may overflow
 
 
 @register
@@ -40,6 +43,9 @@ class ScaleQueries(Rule):
     def check(self, m: Match) -> None:
         if len(m.root.users) < 2:
             raise Refuse("the weights are used once: Inductor's own attention may fit")
+        dtypes = {m.val(name).dtype for name in ("q", "k", "scores")}
+        if len(dtypes) > 1 or not dtypes <= {*_DTYPES}:
+            raise Refuse(f"queries, keys and scores are of {', '.join(sorted(map(str, dtypes)))}")
         if not isinstance(m["by"], (int, float)) or not math.isfinite(m["by"]) or m["by"] == 0:
             raise Refuse(f"scaled by {m['by']}, scores need not be finite where the products are")
         if not any(_is_smaller(m.val(side), m.val("scores")) for side in "qk"):
@@ -59,5 +65,7 @@ class ScaleQueries(Rule):
 
 def _is_smaller(x: Any, y: Any) -> bool:
     """Whether x is known to have fewer elements than y, for any size of the batch."""
+    if numel(y) == 0:
+        return False
     ratio = sympy.sympify(numel(x)) / numel(y)
     return bool(ratio.is_number and ratio < 1)

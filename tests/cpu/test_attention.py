@@ -233,6 +233,7 @@ ATTENDED = {
 }  # fmt: skip
 
 
+# Compiled by Inductor; the others differ from them in what the passes see, and run by the reference.
 GENERATED = ("padding, and a sample without keys", "a bias", "heads inside rows")
 
 

@@ -34,8 +34,8 @@ def _run(model, inputs, batches, options):
                 torch.autograd.grad(expected, parameters, seed, allow_unused=True),
                 equal_nan=True,
             )
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*args), model(*args), equal_nan=True)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(*args), model(*args), equal_nan=True)
     graph = report.graphs[0]
     assert graph.fallback is None and not [p.error for p in graph.passes if p.error]
     return graph

@@ -73,6 +73,9 @@ def test_the_smaller_side_is_scaled():
         (Weighed(lambda q, k: (q @ k.mT * 0).softmax(-1)), "scaled by 0, scores need not be finite"),
         (Weighed(lambda q, k: (q[:, :, :3] @ k[:, :, :3].mT / 2).softmax(-1)), "known to be smaller"),
         (lambda q, k: (s := q @ k.mT, p := (s / 2).softmax(-1), p.exp()), "matmul is also used by output"),
+        (Weighed(lambda q, k: (q.half() @ k.half().mT / 2).softmax(-1)), "are of torch.float16"),
+        (Weighed(lambda q, k: (q.int() @ k.int().mT / 2).softmax(-1)), "are of torch.int32"),
+        (Weighed(lambda q, k: (q[:0] @ k[:0].mT / 2).softmax(-1)), "known to be smaller"),
     ],
 )
 def test_it_refuses(model, why):
