@@ -63,7 +63,7 @@ def why_opaque(node: fx.Node, values: dict[fx.Node, Any]) -> str | None:
         return "its shape or value depends on data"
     if node.op == "call_function" and not _is_torch(node.target):
         return "it calls a function that is not torch's, which may have a backward of its own"
-    return _why_no_tensor(node, values)
+    return _why_by_values(node, values)
 
 
 def refuse(node: fx.Node) -> None:
@@ -88,10 +88,13 @@ def describe(target: Any) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
-def _why_no_tensor(node: fx.Node, values: dict[fx.Node, Any]) -> str | None:
-    """Calls without a tensor are never made: they compute a size, or they change torch's state."""
+def _why_by_values(node: fx.Node, values: dict[fx.Node, Any]) -> str | None:
+    """Calls that are never made: on nested tensors, for these have operators of their own, and those without a
+    tensor, which compute a size or change torch's state."""
     given = [values[source] for source in node.all_input_nodes]
     made = node.meta.get("example_value")
+    if any(tensor.is_nested for tensor in tensors([given, made])):
+        return "it works on a nested tensor"
     if node.target in SELECTS or next(tensors([given, made]), None) is not None:
         return None
     return "" if isinstance(made, (int, float, *SYM)) else "it reads or changes something that is no tensor"
@@ -101,7 +104,7 @@ def _refuse_input(node: fx.Node) -> None:
     if "example_value" not in node.meta:
         raise blame(node, "an input has no example_value: this is no graph from Dynamo")
     value = node.meta["example_value"]
-    if isinstance(value, torch.Tensor) and type(value) is not FakeTensor:
+    if isinstance(value, torch.Tensor) and type(value) is not FakeTensor and not value.is_nested:
         raise blame(
             node, f"the input is a {type(value).__name__}, a subclass of Tensor with its own operators"
         )

@@ -26,6 +26,8 @@ _STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 
 # Copied verbatim since their result's size or value depends on data; they read and do nothing else.
 _READS = {"argwhere", "bincount", "item", "masked_select", "nonzero", "repeat_interleave", "unique"}
+# Methods of nested tensors in the jagged layout, copied verbatim as all that works on them.
+_READS_NESTED = {"lengths", "offsets", "to_padded_tensor"}
 
 
 def updates_statistics(node: fx.Node) -> bool:
@@ -63,6 +65,14 @@ def draws(node: fx.Node) -> bool:
     return not switched_off and given.get("dropout_p") != 0.0
 
 
+def _only_reads(node: fx.Node) -> bool:
+    """Whether a call that was copied verbatim is known to write to nothing."""
+    if node.op == "call_method" and node.target in _READS_NESTED:
+        given = node.all_input_nodes[0].meta.get("val")
+        return isinstance(given, torch.Tensor) and given.is_nested
+    return "unbacked_bindings" in node.meta and op_name(node.target) in _READS
+
+
 def storages(value: Any) -> Iterator[int]:
     """Identities of the memory under a node's value, or under an argument made of nodes."""
     if isinstance(value, fx.Node):
@@ -70,6 +80,9 @@ def storages(value: Any) -> Iterator[int]:
     elif isinstance(value, torch.Tensor):
         if value.layout is torch.strided:
             yield value.untyped_storage()._cdata
+        elif value.is_nested:
+            parts, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+            yield from storages([getattr(value, name) for name in parts])  # values, offsets, lengths
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from storages(part)
@@ -194,7 +207,7 @@ class Effects:
             self._write(node, [given[name] for name, info in infos if info is not None and info.is_write])
         elif node.target is operator.setitem:
             self._write(node, [node.args[0]])
-        elif "unbacked_bindings" not in node.meta or op_name(node.target) not in _READS:
+        elif not _only_reads(node):
             self.walls.append(node)
             if node.target is _GRAD:
                 self.grad_switches.append(node)
