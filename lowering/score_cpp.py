@@ -34,7 +34,8 @@ INLINED float fma(float a, float b, float c) { return a * b + c; }
 #endif
 INLINED int32_t bits(float x) { return __builtin_bit_cast(int32_t, x); }
 INLINED float from_bits(int32_t x) { return __builtin_bit_cast(float, x); }
-// c ? a : b by bits: gcc moves what only a branch needs into the branch, and then cannot vectorize its calls of fma.
+// c ? a : b by bits, as all that may become an index: gcc 12 moves what only a branch needs into the branch, such as a
+// call of fma, or the read of a table at a bound, and then cannot vectorize the loop.
 INLINED int32_t select(bool c, int32_t a, int32_t b) { return (a & -int32_t(c)) | (b & ~-int32_t(c)); }
 INLINED int64_t select(bool c, int64_t a, int64_t b) { return (a & -int64_t(c)) | (b & ~-int64_t(c)); }
 INLINED float select(bool c, float a, float b) { return from_bits(select(c, bits(a), bits(b))); }
@@ -104,6 +105,21 @@ INLINED float log(float x) {
   const float inf = std::numeric_limits<float>::infinity();
   return select(x > 0, select(x < inf, found, x), select(x == 0, -inf, std::numeric_limits<float>::quiet_NaN()));
 }
+// Correctly rounded: what is left of x after the root of an estimate is added once more (Markstein 1990). Inductor asks
+// for errno, which std::sqrt sets in a branch.
+INLINED float sqrt(float x) {
+  const bool tiny = x < 0x1p-100f;  // what is left would be no normal number
+  const float y = select(tiny, x * 0x1p64f, x);
+  float r = from_bits(0x5f375a86 - (bits(y) >> 1));
+  r = r * fma(-0.5f * y * r, r, 1.5f);
+  r = r * fma(-0.5f * y * r, r, 1.5f);
+  float root = y * r, half = 0.5f * r;
+  const float off = fma(-root, half, 0.5f);
+  root = fma(root, off, root), half = fma(half, off, half);
+  root = fma(fma(-root, root, y), half, root) * select(tiny, 0x1p-32f, 1.0f);
+  const float inf = std::numeric_limits<float>::infinity();
+  return select(x > 0, select(x < inf, root, x), select(x == 0, x, std::numeric_limits<float>::quiet_NaN()));
+}
 // Exact up to 2^53, as eager's cast then rounds once; AVX2 has no instruction for it.
 INLINED float from_int(int64_t x) {
   const uint64_t low = (uint64_t(x) & 0xffffffffu) | 0x4330000000000000u;
@@ -114,8 +130,8 @@ INLINED float from_int(int64_t x) {
 INLINED float from_int(int32_t x) { return float(x); }
 INLINED float from_int(bool x) { return float(int32_t(x)); }
 INLINED int32_t trunc(float x) {
-  x = x > -2147483648.0f ? x : -2147483648.0f;
-  return int32_t(x < 2147483520.0f ? x : 2147483520.0f);
+  x = select(x > -2147483648.0f, x, -2147483648.0f);
+  return int32_t(select(x < 2147483520.0f, x, 2147483520.0f));
 }
 INLINED uint32_t mixed(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -132,9 +148,12 @@ INLINED float mod(float a, float b) {
   const float m = std::fmod(a, b);
   return m != 0 && (m < 0) != (b < 0) ? m + b : m;
 }
-template <typename A> INLINED A abs(A x) { return x < 0 ? -x : x; }
-template <typename A> INLINED A max(A a, A b) { return a < b ? b : a; }  // NaN where `a` is
-template <typename A> INLINED A min(A a, A b) { return a > b ? b : a; }
+template <typename A> INLINED A abs(A x) {
+  if constexpr (std::is_integral_v<A>) return (x ^ -A(x < 0)) + A(x < 0);
+  else return x < 0 ? -x : x;
+}
+template <typename A> INLINED A max(A a, A b) { return select(a < b, b, a); }  // NaN where `a` is
+template <typename A> INLINED A min(A a, A b) { return select(a > b, b, a); }
 template <typename A> INLINED A mod(A a, A b) { const A m = a % b; return m < 0 ? m + b : m; }
 template <typename A, typename B> INLINED auto floordiv(A a, B b) {
   const auto d = a / b;
@@ -276,7 +295,7 @@ def _power(expr: sympy.Pow, own: str, types: Types) -> str:
         power = f"real::power<{abs(int(expr.exp))}>({base})" if abs(expr.exp) != 1 else base
         return power if expr.exp > 0 else f"(1.0f / {power})"
     if abs(expr.exp) == sympy.Rational(1, 2):
-        return f"std::sqrt({base})" if expr.exp > 0 else f"(1.0f / std::sqrt({base}))"
+        return f"real::sqrt({base})" if expr.exp > 0 else f"(1.0f / real::sqrt({base}))"
     return f"std::pow({base}, {text(expr.exp, types, 'float')})"
 
 

@@ -106,9 +106,9 @@ def minus(a: Expr, b: Expr) -> Expr:
 
 @_lifted
 def over(a: Expr, b: Expr) -> Expr:
-    """a / b, which may be rounded twice where b is a number and a the score: a * (1 / b)."""
-    exact = b.is_number and not {s.name for s in a.free_symbols} & {"s", "p"}
-    return div(a, b) if exact and b != 0 else a / b
+    """a / b, which may be rounded twice if the score is in it, a * (1 / b), and not where it may become an index."""
+    scores = {s.name for s in a.free_symbols | b.free_symbols} & {"s", "p"}
+    return a / b if scores or b == 0 else div(a, b)
 
 
 def product(a: Expr, b: Expr) -> Expr:

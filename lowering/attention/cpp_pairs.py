@@ -36,15 +36,16 @@ class Loop:
         indices = [self.plan.index(name) for name in gathers]
         exprs = [*(expr for _, expr in self.lets), *(expr for _, _, expr in self.stores)]
         written = Statements([*indices, *exprs], self.plan.types)
+        kinds = {name: self._kind(name, index) for name, index in zip(gathers, indices, strict=True)}
         for k, name in enumerate(gathers):
             safe = self.plan.gathers[name].safe
-            written.lines += self._gathered(name, written.result(k, "" if safe else "int64_t"))
+            written.lines += self._gathered(name, written.result(k, "" if safe else kinds[name]), kinds[name])
         for k, (name, _) in enumerate(self.lets, len(gathers)):
             written.lines.append(f"const float {name} = {written.result(k, 'float')};")
         for k, (left, kind, _) in enumerate(self.stores, len(gathers) + len(self.lets)):
             written.lines.append(f"{left} {written.result(k, kind)};")
         checked = [name for name in gathers if not self.plan.gathers[name].safe]
-        ends = "".join(f"\n    int64_t {name}_low = 0, {name}_high = 0;" for name in checked)
+        ends = "".join(f"\n    {kinds[name]} {name}_low = 0, {name}_high = 0;" for name in checked)
         low, high = (", ".join(f"{name}_{end}" for name in checked) for end in ("low", "high"))
         reduction = f" reduction(min : {low}) reduction(max : {high})" if checked else ""
         lines = "\n      ".join([*self._columns(used), *written.lines])
@@ -92,20 +93,26 @@ class Loop:
                 found.append(f"const {self.plan.types[hoisted.name]} {hoisted} = {hoisted}_[c];")
         return found + [f"const float {n} = {array}[c];" for n, array in self.reads.items() if n in used]
 
-    def _gathered(self, name: str, index: str) -> list[str]:
+    def _kind(self, name: str, index: sympy.Basic) -> str:
+        """The type that an index is checked in: half as wide, twice as many are checked at once."""
+        size = self.plan.extras[self.plan.gathers[name].table].sizes[-1]
+        short = size.isdigit() and int(size) < 2**30 and ctype(index, self.plan.types) == "int32_t"
+        return "int32_t" if short else "int64_t"
+
+    def _gathered(self, name: str, index: str, kind: str) -> list[str]:
         gather = self.plan.gathers[name]
         read = [f"const float {name} = {name}_[{name}_in];"]
         if name in self.slots:
             read.append(f"{name}_slot[c] = {name}_in;")
         if gather.safe:
             return [f"const int32_t {name}_in = int32_t({index});", *read]
-        size = f"{gather.table}_size"
+        size = f"{kind}({gather.table}_size)"
         return [
-            f"const int64_t {name}_at = c < t.j1 - t.j0 ? {index} : 0;",
+            f"const {kind} {name}_at = real::select(c < int32_t(t.j1 - t.j0), {kind}({index}), {kind}(0));",
             f"{name}_low = {name}_at < {name}_low ? {name}_at : {name}_low;",
             f"{name}_high = {name}_at > {name}_high ? {name}_at : {name}_high;",
-            f"const int64_t {name}_up = {name}_at < 0 ? {name}_at + {size} : {name}_at;",
-            f"const int32_t {name}_in = int32_t(({name}_up >= 0) & ({name}_up < {size}) ? {name}_up : 0);",
+            f"const {kind} {name}_up = {name}_at < 0 ? {name}_at + {size} : {name}_at;",
+            f"const int32_t {name}_in = int32_t(real::select(({name}_up >= 0) & ({name}_up < {size}), {name}_up, {kind}(0)));",
             *read,
         ]
 
