@@ -49,3 +49,26 @@ def test_training_equals_eager_and_holds_no_scores(build):
     for actual, parameter in zip(found, model.parameters(), strict=True):
         scale = parameter.grad.abs().max().item()
         torch.testing.assert_close(actual / scale, parameter.grad / scale, rtol=1e-4, atol=1e-5)
+
+
+class Buckets(torch.nn.Module):
+    """A time bias whose buckets are as wide as a tensor says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("width", torch.tensor(41.0))  # 41 * (1 / 41) is less than 1 in float32
+        self.bias = torch.nn.Parameter(torch.arange(40.0))
+
+    def forward(self, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        apart = (times[:, :, None] - times[:, None]).abs()
+        weights = torch.sigmoid(x @ x.mT + self.bias[(apart / self.width).long()] - 20)
+        return weights @ x
+
+
+def test_a_bucket_at_its_border_is_eagers():
+    torch._dynamo.reset()
+    model, x, times = Buckets(), torch.randn(2, N, 8) / 8, 41 * torch.arange(N).repeat(2, 1)
+    with torch.no_grad():
+        found, (code,) = run_and_get_code(torch.compile(model, backend="recompile"), x, times)
+        torch.testing.assert_close(found, model(x, times), rtol=1e-4, atol=1e-5)
+    assert "cpp_attention" in code

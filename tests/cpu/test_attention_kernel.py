@@ -319,11 +319,11 @@ def test_no_buffer_of_all_pairs():
 
 
 def test_functions_of_real_numbers(tmp_path):
-    """exp within 1 ulp (0 below 2e-38), log within 0.65, tanh and erf within 2; and what they make of infinities."""
+    """exp within 1 ulp (0 below 2e-38), log within 0.65, tanh and erf within 2, sqrt rounded once; and infinities."""
     loop = "for (int i = 0; i < n; ++i) y[i] = real"
     loops = "".join(
         f'extern "C" void v_{f}(const float* x, float* y, int n) {{ {loop}::{f}(x[i]); }}\n'
-        for f in ("exp", "log", "tanh", "erf", "sigmoid")
+        for f in ("exp", "log", "tanh", "erf", "sigmoid", "sqrt")
     )
     source, library = tmp_path / "real.cpp", tmp_path / "real.so"
     source.write_text(f"#include <cmath>\n#include <cstdint>\n#include <limits>\n{MATH}{loops}")
@@ -366,9 +366,16 @@ def test_functions_of_real_numbers(tmp_path):
     )
     assert ulps("tanh", torch.cat([x / 10, x * 1e-3]))[1] < 2
     assert ulps("erf", torch.cat([x / 10, x * 1e-3]))[1] < 2
+    roots = torch.cat(
+        [x.abs(), torch.rand(10**6) * 4, torch.arange(10**6).float(), torch.rand(10**6) * 1e-37, x * 1e-45]
+    )
+    torch.testing.assert_close(
+        ulps("sqrt", roots.abs())[0], roots.abs().double().sqrt().float(), rtol=0, atol=0
+    )
     edge = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 200.0, -200.0])
     torch.testing.assert_close(ulps("exp", edge)[0], torch.exp(edge), equal_nan=True, rtol=0, atol=1e-37)
     torch.testing.assert_close(ulps("log", edge.abs())[0], torch.log(edge.abs()), equal_nan=True)
+    torch.testing.assert_close(ulps("sqrt", edge)[0], edge.sqrt(), equal_nan=True, rtol=0, atol=0)
     torch.testing.assert_close(ulps("erf", edge)[0], torch.erf(edge), equal_nan=True, rtol=0, atol=0)
     torch.testing.assert_close(
         ulps("sigmoid", edge)[0], torch.sigmoid(edge), equal_nan=True, rtol=0, atol=1e-37
