@@ -105,8 +105,8 @@ INLINED float log(float x) {
   const float inf = std::numeric_limits<float>::infinity();
   return select(x > 0, select(x < inf, found, x), select(x == 0, -inf, std::numeric_limits<float>::quiet_NaN()));
 }
-// Correctly rounded: what is left of x after the root of an estimate is added once more (Markstein 1990). Inductor asks
-// for errno, which std::sqrt sets in a branch.
+// Correctly rounded where there is an fma: the estimate is corrected by what its square leaves of x (Markstein 1990).
+// Inductor asks for errno, which std::sqrt sets in a branch.
 INLINED float sqrt(float x) {
   const bool tiny = x < 0x1p-100f;  // what is left would be no normal number
   const float y = select(tiny, x * 0x1p64f, x);

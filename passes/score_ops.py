@@ -106,7 +106,7 @@ def minus(a: Expr, b: Expr) -> Expr:
 
 @_lifted
 def over(a: Expr, b: Expr) -> Expr:
-    """a / b, which may be rounded twice if the score is in it, a * (1 / b), and not where it may become an index."""
+    """a / b, rounded once since it may become an index; with the score in it a * (1 / b), rounded twice."""
     scores = {s.name for s in a.free_symbols | b.free_symbols} & {"s", "p"}
     return a / b if scores or b == 0 else div(a, b)
 

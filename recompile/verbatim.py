@@ -89,8 +89,9 @@ def describe(target: Any) -> str:
 
 
 def _why_by_values(node: fx.Node, values: dict[fx.Node, Any]) -> str | None:
-    """Calls that are never made: on nested tensors, for these have operators of their own, and those without a
-    tensor, which compute a size or change torch's state."""
+    """Calls that are never made: nested tensors have operators of their own, and those without a tensor compute a size
+    or change torch's state.
+    """
     given = [values[source] for source in node.all_input_nodes]
     made = node.meta.get("example_value")
     if any(tensor.is_nested for tensor in tensors([given, made])):

@@ -70,9 +70,8 @@ def _scalar_loops(source: str, folder: Path) -> list[str]:
     for n, line in enumerate(lines):
         if "omp simd" not in line or not lines[n + 1].endswith("{"):
             continue
-        name = next(
-            found[1] for above in reversed(lines[:n]) if (found := re.match(r" *[\w ]+ (\w+)\(", above))
-        )
+        headers = (re.match(r" *(?:inline|void) .*?(\w+)\(", above) for above in reversed(lines[:n]))
+        name = next(header[1] for header in headers if header)
         body = next(k for k in range(n, len(lines)) if re.match(r" *}", lines[k]))
         called = len(re.findall(rf"\b{name}\(", source)) > 1
         if called and not done & {*range(n + 1, body + 1)}:
