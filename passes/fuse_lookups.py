@@ -33,6 +33,7 @@ from .bags import Found, find, table_name
 from .rows import Group, Part, is_summed
 
 aten = torch.ops.aten
+ALONE = "nothing concatenates or sums the looked-up rows: Inductor reads them where they are used"
 
 
 @register
@@ -48,8 +49,9 @@ class FuseLookups(Pass):
         found = list(self._find(graph, effects, ctx))
         depth = depths(dependences(graph, effects), [f.value for f in found])
         for members in _groups(found, effects, depth):
-            if len(members) < self.min_tables and all(_is_one_id(f) for f in members):
-                ctx.refuse(self.name(), f"fewer than {self.min_tables} lookups to fuse", members[0].value)
+            few = f"fewer than {self.min_tables} lookups to fuse"
+            if self._are_few(members):
+                ctx.refuse(self.name(), few, members[0].value)
                 continue
             try:
                 ctx.begin(self.name(), members[0].value)
@@ -58,9 +60,19 @@ class FuseLookups(Pass):
                 continue
             group = Group(members, effects, depth)
             group.grow()
+            for alone in members:
+                if alone not in group.members:
+                    ctx.refuse(self.name(), ALONE, alone.value)
+            if self._are_few(group.members):
+                for alone in group.members:
+                    ctx.refuse(self.name(), few, alone.value)
+                continue
             _rewrite(graph, group)
-            ctx.fired(self.name(), len(members))
+            ctx.fired(self.name(), len(group.members))
         sort(graph, effects)
+
+    def _are_few(self, members: Sequence[Found]) -> bool:
+        return len(members) < self.min_tables and all(_is_one_id(f) for f in members)
 
     def _find(self, graph: fx.Graph, effects: Effects, ctx: Context) -> Iterator[Found]:
         for node in graph.nodes:
@@ -124,6 +136,8 @@ def _rewrite(graph: fx.Graph, group: Group) -> None:
         shape, new = node.meta["val"].shape, outs[k]
         if str(tuple(shape)) != str(tuple(new.meta["val"].shape)):
             new = call(aten.view.default, new, [shape[0] if isinstance(shape[0], int) else -1, *shape[1:]])
+        if node in group.sums and group.sums[node].divisor > 1:
+            new = call(aten.div.Scalar, new, group.sums[node].divisor)
         node.replace_all_uses_with(new, delete_user_cb=lambda u: u not in group.rows)
     for node in (*group.sums, *reversed(group.rows)):
         erase(node)
@@ -146,17 +160,16 @@ def _spec(group: Group) -> tuple[Lookup, list[fx.Node], list[fx.Node], list[tupl
         bag = replace(f.bag, table=table, loads=tuple(at[k] for k in f.bag.loads), offsets=offsets)
         number[id(f)] = bags.setdefault(bag, len(bags))
 
-    def parts(rows: fx.Node) -> tuple[int, ...]:
-        return tuple(part(p) for p in group.rows[rows])
-
-    def part(p: Part) -> int:
-        return number[id(p)] if isinstance(p, Found) else ~sources.setdefault(p, len(sources))
+    def numbered(parts: Sequence[Part]) -> tuple[int, ...]:
+        return tuple(
+            number[id(p)] if isinstance(p, Found) else ~sources.setdefault(p, len(sources)) for p in parts
+        )
 
     # Two nodes share an output only where eager's values share memory.
     outputs: dict[tuple[Output, tuple[int, ...]], int] = {}
     places = []
-    wanted = [(rows, Output("concat", parts(rows))) for rows in group.wanted()]
-    wanted += [(total, Output(s.kind, parts(s.rows), s.width)) for total, s in group.sums.items()]
+    wanted = [(rows, Output("concat", numbered(group.rows[rows]))) for rows in group.wanted()]
+    wanted += [(total, Output(s.kind, numbered(s.parts), s.width)) for total, s in group.sums.items()]
     for node, out in wanted:
         places.append((node, outputs.setdefault((out, tuple(storages(node))), len(outputs))))
     named = tuple(Table(table_name(t), int(t.meta["val"].shape[1])) for t in tables)

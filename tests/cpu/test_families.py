@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from recompile.lowering.lookup import Lookup
-from recompile.testing import assert_rewritten_same
+from recompile.passes.fuse_lookups import FuseLookups
+from recompile.testing import assert_refuses, assert_rewritten_same
 
 
 def regions(model, *args):
@@ -87,9 +88,7 @@ class TwoTowers(nn.Module):
 
 def test_two_towers():
     sizes = ((10, (6,)), (40, (6, 7)), (40, (6,)), (40, (6, 3)))
-    assert regions(TwoTowers(), *(torch.randint(0, *size) for size in sizes)) == [
-        (3, 2, ["concat", "concat"])
-    ]
+    assert regions(TwoTowers(), *(torch.randint(0, *size) for size in sizes)) == [(2, 2, ["concat"])]
 
 
 class Functional(nn.Module):
@@ -126,7 +125,10 @@ class QuotientRemainder(nn.Module):
 
 
 def test_quotient_remainder():
-    assert regions(QuotientRemainder(), torch.randint(0, 140, (6, 3))) == [(6, 6, ["concat"] * 6)]
+    """Inductor multiplies the rows where it reads them: 1.8 times as fast at batch 2048 as rows written out first."""
+    x = torch.randint(0, 140, (6, 3))
+    assert regions(QuotientRemainder(), x) == []
+    assert_refuses(FuseLookups, QuotientRemainder(), (x,), why="nothing concatenates or sums")
 
 
 @pytest.mark.parametrize("batch", [1, 6])
@@ -141,3 +143,32 @@ def test_several_lists_of_one_table(batch):
             return ((self.table(x) * mask).sum(2) / mask.sum(2).clamp(min=1)).flatten(1)
 
     assert regions(Lists(), torch.randint(0, 50, (batch, 3, 5))) == [(1, 1, ["concat"])]
+
+
+FIELDS = {  # what becomes of the rows of five fields, D columns each
+    "first dim": (lambda e: torch.stack(e).sum(0), ["sum"]),
+    "mean": (lambda e: torch.stack(e, 1).mean(1), ["sum"]),
+    "mean over the first dim": (lambda e: torch.stack(e).mean(dim=0), ["sum"]),
+    "beside a product": (lambda e: torch.stack(e).sum(0) * e[0], ["concat", "sum"]),
+    "samples first": (lambda e: torch.stack(e).permute(1, 0, 2).flatten(1), ["concat"]),
+    "transposed, a factorization machine": (
+        lambda e: fm(torch.stack(e).transpose(0, 1)),
+        ["sum", "sum_of_squares"],
+    ),
+    "both": (lambda e: torch.stack(e).sum(0) + torch.cat(e, 1)[:, :4], ["concat", "sum"]),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize("how", FIELDS)
+def test_fields(how, batch):
+    class Fields(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(20, 4) for _ in range(5))
+
+        def forward(self, x):
+            return FIELDS[how][0]([table(x[:, i]) for i, table in enumerate(self.tables)])
+
+    ((bags, tables, outputs),) = regions(Fields(), torch.randint(0, 20, (batch, 5)))
+    assert (bags, tables, outputs) == (5, 5, FIELDS[how][1])
