@@ -1,9 +1,10 @@
 """Scalar code is sympy: what happens to one id, one row or one bag inside a generated kernel.
 
 An expression is kept as text in a region's spec (`"Ne(x0, 0) & (l < x1)"`), parsed once, and printed for the
-language at hand: PyTorch (the reference), C++ or Triton. Three things are allowed beyond sympy's own
-arithmetic and comparisons: `Mod` with Python's sign rule (that of `torch.remainder`), `trunc` (a float id cast
-to an integer, as `.long()` does), and the symbols that the region defines (`x0`, `l`, `count`, ...).
+language at hand: PyTorch (the reference), C++ or Triton. Beyond sympy's own arithmetic and comparisons there are
+`Mod` with Python's sign rule (that of `torch.remainder`), `floordiv(a, b)` of integers for b > 0, `where(c, a, b)`,
+`trunc` (a float id cast to an integer, as `.long()` does), and the symbols that the region defines (`x0`, `l`,
+`count`, ...).
 """
 
 import functools
@@ -19,6 +20,31 @@ from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 from sympy.printing.str import StrPrinter
 
 trunc = sympy.Function("trunc", real=True)
+floordiv = sympy.Function("floordiv", real=True)
+
+
+class Real(sympy.Function):  # type: ignore[misc]
+    """A function whose values are real numbers."""
+
+    def _eval_is_real(self) -> bool:
+        return True
+
+
+class where(Real):
+    """`where(c, a, b)`: a where c holds, else b."""
+
+    nargs = 3
+
+    @classmethod
+    def eval(cls, c: Any, a: Any, b: Any) -> Any:
+        if isinstance(c, BooleanTrue) or a == b:
+            return a
+        return b if isinstance(c, BooleanFalse) else None
+
+    def _eval_derivative(self, x: sympy.Symbol) -> sympy.Expr:
+        c, a, b = self.args
+        return where(c, a.diff(x), b.diff(x))
+
 
 OPERATORS = {
     sympy.Eq: "==",
@@ -33,7 +59,7 @@ OPERATORS = {
 _KNOWN = {
     name: getattr(sympy, name)
     for name in ("Eq", "Ne", "And", "Or", "Not", "Max", "Min", "Mod", "Integer", "Float", "true", "false")
-} | {"trunc": trunc}
+} | {"trunc": trunc, "floordiv": floordiv, "where": where}
 
 
 @functools.cache
@@ -71,7 +97,7 @@ class _Printer(StrPrinter):  # type: ignore[misc]
 
 WORDS = (  # what a printer knows
     sympy.Symbol, sympy.Number, sympy.Add, sympy.Mul, sympy.Mod, sympy.Max, sympy.Min,
-    Relational, And, Or, Not, BooleanTrue, BooleanFalse, trunc,
+    Relational, And, Or, Not, BooleanTrue, BooleanFalse, trunc, floordiv, where,
 )  # fmt: skip
 
 
@@ -115,6 +141,11 @@ def _apply(expr: sympy.Basic, args: Sequence[object]) -> torch.Tensor:
         return torch.logical_not(_tensor(args[0]))
     if isinstance(expr, trunc):
         return _tensor(args[0]).to(torch.int64)
+    if isinstance(expr, floordiv):
+        return torch.div(*map(_tensor, args), rounding_mode="floor")
+    if isinstance(expr, where):
+        condition, a, b = map(_tensor, args)
+        return torch.where(condition, a, b)
     if isinstance(expr, sympy.Pow):
         return torch.reciprocal(_tensor(args[0]))
     op = binary[expr.func]
@@ -149,6 +180,7 @@ def to_triton(expr: sympy.Basic) -> str:
 
 
 # Mod keeps the sign of the divisor; every divisor is a positive constant (checked where ids are read off the graph).
+# What `where` chooses between are ids: 64 bits, however small its constants are.
 _CPP = {
     "mod": "recompile_mod({0}, {1})",
     "max": "recompile_max({0}, {1})",
@@ -157,6 +189,8 @@ _CPP = {
     "or": " || ",
     "not": "!({0})",
     "trunc": "static_cast<int64_t>({0})",
+    "floordiv": "recompile_floordiv({0}, {1})",
+    "where": "({0} ? int64_t({1}) : int64_t({2}))",
     "true": "true",
     "false": "false",
 }
@@ -168,6 +202,8 @@ _TRITON = {
     "or": " | ",
     "not": "(~({0}))",
     "trunc": "({0}).to(tl.int64)",
+    "floordiv": "((({0}) - ((({0}) % {1} + {1}) % {1})) // {1})",
+    "where": "tl.where({0}, {1}, {2}).to(tl.int64)",
     "true": "True",
     "false": "False",
 }
@@ -192,5 +228,5 @@ def _print(expr: sympy.Basic, words: Mapping[str, str]) -> str:
         return functools.reduce(lambda a, b: form.format(a, b), args)
     if isinstance(expr, sympy.Pow):
         return f"(1.0 / {args[0]})"
-    name = "mod" if isinstance(expr, sympy.Mod) else "not" if isinstance(expr, Not) else "trunc"
+    name = {sympy.Mod: "mod", Not: "not"}.get(expr.func) or expr.func.__name__
     return words[name].format(*args)

@@ -31,35 +31,15 @@ from sympy.core.function import UndefinedFunction
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
 from recompile.lowering import scalar
+from recompile.lowering.scalar import floordiv as floordiv
 from recompile.lowering.scalar import symbol as symbol
 from recompile.lowering.scalar import trunc as trunc
+from recompile.lowering.scalar import where as where
 
-floordiv = sympy.Function("floordiv", real=True)
 S, I, J, M, N = map(symbol, ("s", "i", "j", "M", "N"))  # noqa: E741
 
 
-class _Real(sympy.Function):  # type: ignore[misc]
-    def _eval_is_real(self) -> bool:
-        return True
-
-
-class where(_Real):
-    """`where(c, a, b)`."""
-
-    nargs = 3
-
-    @classmethod
-    def eval(cls, c: Any, a: Any, b: Any) -> Any:
-        if isinstance(c, BooleanTrue) or a == b:
-            return a
-        return b if isinstance(c, BooleanFalse) else None
-
-    def _eval_derivative(self, x: sympy.Symbol) -> sympy.Expr:
-        c, a, b = self.args
-        return where(c, a.diff(x), b.diff(x))
-
-
-class sigmoid(_Real):
+class sigmoid(scalar.Real):
     """`1 / (1 + exp(-x))`."""
 
     nargs = 1
@@ -72,7 +52,7 @@ class sigmoid(_Real):
         return self * (1 - self)
 
 
-class erf(_Real):
+class erf(scalar.Real):
     """The error function."""
 
     nargs = 1
@@ -85,7 +65,7 @@ class erf(_Real):
         return sympy.Float(2 / math.sqrt(math.pi)) * sympy.exp(-(self.args[0] ** 2))
 
 
-class div(_Real):
+class div(scalar.Real):
     """`a / b`."""
 
     nargs = 2
@@ -99,7 +79,7 @@ class div(_Real):
         return 1 / b if argindex == 1 else -a / b**2
 
 
-class atleast(_Real):
+class atleast(scalar.Real):
     """`where(x < b, b, x)`: `clamp(x, min=b)`, short in text; `parse` spells it out."""
 
     nargs = 2
@@ -109,7 +89,7 @@ class atleast(_Real):
         return sympy.Max(x, b) if x.is_number and b.is_number else None
 
 
-class atmost(_Real):
+class atmost(scalar.Real):
     """`where(x > b, b, x)`."""
 
     nargs = 2
@@ -119,7 +99,7 @@ class atmost(_Real):
         return sympy.Min(x, b) if x.is_number and b.is_number else None
 
 
-class uniform(_Real):
+class uniform(scalar.Real):
     """`bits >> 8` over 2^24, with `bits = mix(mix(n + i * ROW) ^ mix(j * COLUMN))` in 32 bits and mix
 
         x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16

@@ -8,6 +8,7 @@ from recompile.lowering.lookup.spec import Bag, Lookup
 
 HELPERS = """
 template <typename A, typename B> inline auto recompile_mod(A a, B b) { auto m = a % b; return m < 0 ? m + b : m; }
+template <typename A, typename B> inline auto recompile_floordiv(A a, B b) { return a / b - (a % b < 0); }
 template <typename A, typename B> inline auto recompile_max(A a, B b) { return a > b ? a : b; }
 template <typename A, typename B> inline auto recompile_min(A a, B b) { return a < b ? a : b; }
 // The first id out of range, or offset out of order, that any thread met.

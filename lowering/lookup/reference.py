@@ -74,7 +74,8 @@ class _Positions:
             self.sample, position = at // length, at % length
             self.length = torch.full_like(at, length)
             loads = [x.expand(self.batch, length).reshape(-1) for x in two]
-        self.env = {f"x{k}": x for k, x in enumerate(loads)} | {"l": position, "L": self.length}
+        wide = [x if x.is_floating_point() else x.to(torch.int64) for x in loads]  # as kernels compute
+        self.env = {f"x{k}": x for k, x in enumerate(wide)} | {"l": position, "L": self.length}
         self.keep = self._mask(bag.keep)
         row = self._eval(bag.row).to(torch.int64)
         self.row = torch.where(self.keep, row, 0) if self.weights.shape[0] else row[self.keep]

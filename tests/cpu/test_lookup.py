@@ -198,3 +198,19 @@ def test_weights_shared_by_several_bags():
     bags = tuple(Bag(t, (0, 1), "sum", weight="x1") for t in range(3))
     spec = Lookup(tuple(Table(f"t{t}", 16) for t in range(3)), bags, (Output("concat", (0, 1, 2)),))
     check(tables, [ids, weight], spec)
+
+
+def test_rows_computed_from_ids_below_zero_and_in_few_bits():
+    tables = [torch.randn(20, 4, dtype=torch.double, requires_grad=True) for _ in range(4)]
+    ids, few = torch.randint(-60, 60, (33, 3)), torch.randint(-(2**31), 2**31, (33,), dtype=torch.int32)
+    rows = (
+        "floordiv(x0, 6) + 10",
+        "where((x0 < 0) | (x0 >= 20), Mod(Max(-x0, x0), 20), x0)",
+        "Mod(3*where(x0 < 0, 2000000001, 1999999999), 20)",
+    )
+    bags = (
+        *(Bag(t, (0,), "sum", row) for t, row in enumerate(rows)),
+        Bag(3, (1,), row="Mod(x0*1000003, 20)"),
+    )
+    spec = Lookup(tuple(Table(f"t{t}", 4) for t in range(4)), bags, (Output("concat", (0, 1, 2, 3)),))
+    check(tables, [ids, few], spec)

@@ -218,3 +218,18 @@ def test_no_samples():
     spec = Lookup((Table("t", 4),), (Bag(0, (0,)),), (Output("concat", (0,)), Output("sum", (0,), 2)))
     rows, total = lookup([table(9, 4)], [torch.zeros(0, dtype=torch.int64)], str(spec))
     assert rows.shape == (0, 4) and total.shape == (0, 2)
+
+
+def test_rows_computed_from_ids_below_zero_and_in_few_bits():
+    ids, few = torch.randint(-60, 60, (33, 3)), torch.randint(-(2**31), 2**31, (33,), dtype=torch.int32)
+    rows = (
+        "floordiv(x0, 6) + 10",
+        "where((x0 < 0) | (x0 >= 20), Mod(Max(-x0, x0), 20), x0)",
+        "Mod(3*where(x0 < 0, 2000000001, 1999999999), 20)",
+    )
+    bags = (
+        *(Bag(t, (0,), "sum", row) for t, row in enumerate(rows)),
+        Bag(3, (1,), row="Mod(x0*1000003, 20)"),
+    )
+    spec = Lookup(tuple(Table(f"t{t}", 4) for t in range(4)), bags, (Output("concat", (0, 1, 2, 3)),))
+    check([table(20, 4) for _ in range(4)], [ids, few], spec)
