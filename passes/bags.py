@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import sympy
 import torch
@@ -16,15 +14,9 @@ from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, op
 from recompile.rewrite import Refuse, arguments
 
+from .ids import CASTS, INTEGERS, bounds, ids_of
+
 aten = torch.ops.aten
-CASTS = (
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.to.other,
-    aten._cast_Long.default,
-)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _TABLES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -62,6 +54,10 @@ def find(node: fx.Node) -> Found | None:
         return _embedding(node)
     if node.target in (aten.embedding_bag.default, aten.embedding_bag.padding_idx):
         return _embedding_bag(node)
+    if node.target is aten.index.Tensor:
+        return _indexed(node)
+    if node.target in (aten.matmul.default, aten.mm.default):
+        return _one_hot(node)
     if op.is_lookup(node.target):
         return _pooled(node)
     return None
@@ -78,79 +74,17 @@ def table_name(node: fx.Node) -> str:
     return re.sub(r"_(modules|parameters|buffers)_", ".", name).strip("_").replace("__", ".")
 
 
-def ids_of(node: fx.Node) -> tuple[fx.Node, sympy.Basic]:
-    """What `node` computes from each element of another node: that node, and the row as an expression of `x0`.
-
-    Casts to integers, sums with constants, `% n` and clamps are followed; anything else is taken as it is.
-    """
-    steps = []
-    while (step := id_step(node)) is not None:
-        node, apply = step
-        steps.append(apply)
-    expr: sympy.Basic = scalar.symbol("x0")
-    if not _dtype(node).is_floating_point and not steps:
-        return node, expr
-    for apply in reversed(steps):
-        expr = apply(expr)
-    return node, expr
-
-
-def id_step(node: fx.Node) -> tuple[fx.Node, Callable[[Any], Any]] | None:
-    """(input, the function of one element that `node` is): casts to int64, arithmetic with constants; or None."""
-    source = node.args[0] if node.op == "call_function" and node.args else None
-    if (
-        not isinstance(source, fx.Node)
-        or not isinstance(node.target, OpOverload)
-        or _dtype(node) is not torch.int64
-    ):
-        return None
-    if node.target in CASTS:
-        if _dtype(source) is torch.bool:
-            return None
-        return source, scalar.trunc if _dtype(source).is_floating_point else lambda x: x
-    apply = _ON_IDS.get(node.target.overloadpacket)
-    given = [value for name, value in arguments(node).items() if name != "self"]
-    if (
-        apply is None
-        or _dtype(source) is not torch.int64
-        or not all(type(v) in (int, type(None)) for v in given)
-    ):
-        return None
-    if apply is sympy.Mod and given[0] <= 0:
-        return None
-    return source, lambda x: apply(x, *given)
-
-
-def _clamp(x: sympy.Basic, low: int | None = None, high: int | None = None) -> sympy.Basic:
-    x = x if low is None else sympy.Max(x, low)
-    return x if high is None else sympy.Min(x, high)
-
-
-# Arithmetic on ids: the operator's arguments after the first, all constants.
-_ON_IDS: dict[Any, Callable[..., Any]] = {
-    aten.add: lambda x, number, alpha: x + number * alpha,
-    aten.sub: lambda x, number, alpha: x - number * alpha,
-    aten.remainder: sympy.Mod,
-    aten.clamp: _clamp,
-    aten.clamp_min: _clamp,
-    aten.clamp_max: lambda x, high: _clamp(x, None, high),
-}
-
-
 def _dtype(node: fx.Node) -> torch.dtype:
     dtype: torch.dtype = node.meta["val"].dtype
     return dtype
 
 
-def check_table(node: fx.Node) -> fx.Node:
-    """The table of an `embedding` or `embedding_bag` node.
+def check_table(node: fx.Node, table: fx.Node) -> None:
+    """Checks the table that `node` looks up.
 
     Raises:
-        Refuse: no kernel of ours reads it, or makes the gradient that it asks for.
+        Refuse: no kernel of ours reads it, or makes the gradient that it asks for, or it is not worth writing out.
     """
-    given = arguments(node)
-    table = given["weight"]
-    assert isinstance(table, fx.Node)
     val = table.meta["val"]
     if op.op_for(val.device.type) is None:
         raise Refuse(f"no lookup kernel for device {val.device.type}", node)
@@ -158,74 +92,119 @@ def check_table(node: fx.Node) -> fx.Node:
         raise Refuse(f"tables of {_dtype(table)} have no lookup kernel", node)
     if not isinstance(val.shape[1], int) or val.stride(1) != 1:
         raise Refuse("the table's rows are not dense vectors of a fixed width", node)
+    if _is_read_by_rows(table):
+        raise Refuse("the table is computed elementwise: Inductor computes only the rows that are read", node)
+    given = arguments(node)
     if given.get("scale_grad_by_freq"):
         raise Refuse("scale_grad_by_freq changes the gradient in a way no kernel of ours computes", node)
     if given.get("sparse") and val.requires_grad and torch.is_grad_enabled():
         raise Refuse("sparse=True asks for sparse gradients, which eager must make", node)
-    return table
+
+
+def _is_read_by_rows(table: fx.Node) -> bool:
+    """Whether Inductor computes elements of `table` where they are read, not all of them: for lookups alone."""
+    if any(user.target is not aten.embedding.default for user in table.users):
+        return False
+    while isinstance(table.target, OpOverload):
+        if table.target in CASTS or torch.Tag.pointwise in table.target.tags:
+            return True
+        if not table.target.is_view:
+            return False
+        table = table.args[0]  # type: ignore[assignment]
+    return False
+
+
+def _rows(ids: fx.Node, node: fx.Node) -> tuple[fx.Node, sympy.Basic]:
+    """What the kernel loads for the ids of the lookup `node`, and the row that it reads for each."""
+    source, row = ids_of(ids)
+    if _dtype(source) not in INTEGERS and not _dtype(source).is_floating_point:
+        raise Refuse(f"ids of {_dtype(source)}", node)
+    return source, row
 
 
 def _embedding(node: fx.Node) -> Found:
     given = arguments(node)
-    table = check_table(node)
-    ids = given["indices"]
-    assert isinstance(ids, fx.Node)
-    source, row = ids_of(ids)
+    check_table(node, given["weight"])
+    source, row = _rows(given["indices"], node)
     shape = source.meta["val"].shape
     if len(shape) not in (1, 2):
         raise Refuse(f"ids with {len(shape)} dimensions are not one or several ids a sample", node)
     if len(shape) == 2 and not isinstance(shape[1], int):
         raise Refuse("an unpooled sequence of a changing length has no place of a fixed width", node)
-    if _dtype(source) not in _INTEGERS and not _dtype(source).is_floating_point:
-        raise Refuse(f"ids of {_dtype(source)}", node)
-    padding = given["padding_idx"]
-    assert isinstance(padding, int)
-    return Found(node, table, Bag(0, (0,), row=str(row), frozen_row=padding), (source,))
+    bag = Bag(0, (0,), row=scalar.text(row), frozen_row=int(given["padding_idx"]))
+    return Found(node, given["weight"], bag, (source,))
+
+
+def _indexed(node: fx.Node) -> Found | None:
+    """`table[ids]`, one id a sample of a table that is an input: ids below 0 count from its end."""
+    table, indices = arguments(node).values()
+    if table.op != "placeholder" or len(indices) != 1 or not isinstance(indices[0], fx.Node):
+        return None
+    (rows, *columns), val = table.meta["val"].shape, indices[0].meta["val"]
+    one_id = len(columns) == val.dim() == 1 and val.dtype in (torch.int64, torch.int32)
+    if not one_id or not isinstance(rows, int):
+        return None
+    check_table(node, table)
+    source, row = _rows(indices[0], node)
+    if bounds(row)[0] < 0:
+        row = scalar.where(row < 0, row + rows, row)
+    return Found(node, table, Bag(0, (0,), row=scalar.text(row)), (source,))
+
+
+def _one_hot(node: fx.Node) -> Found | None:
+    """`one_hot(ids, rows).float() @ table`, one id a sample: its row, and an error for ids outside, as in eager."""
+    hot, table = arguments(node).values()
+    ones = hot.args[0] if hot.target is aten.to.dtype else hot
+    if ones.target is not aten.one_hot.default:
+        return None
+    ids, val = ones.args[0], table.meta["val"]
+    if ids.meta["val"].dim() != 1 or val.dim() != 2 or val.dtype != node.meta["val"].dtype:
+        return None
+    check_table(node, table)
+    source, row = _rows(ids, node)
+    return Found(node, table, Bag(0, (0,), row=scalar.text(row)), (source,))
 
 
 def _embedding_bag(node: fx.Node) -> Found:
     given = arguments(node)
-    table = check_table(node)
+    table = given["weight"]
+    check_table(node, table)
     values = [u for u in node.users if u.args[1:] == (0,)]
     if len(values) != 1 or len(node.users) != 1:
         raise Refuse("more than the pooled value of this embedding_bag is used", node)
     ids, offsets, weights = given["indices"], given["offsets"], given["per_sample_weights"]
     assert isinstance(ids, fx.Node) and isinstance(offsets, fx.Node)
-    pooling = ("sum", "sum", "max")[int(given["mode"])]
-    divisor = "Max(1, count)" if given["mode"] == 1 else ""
+    matrix = _matrix(ids, offsets) if weights is None else None
+    source, row = _rows(ids if matrix is None else matrix, node)
+    bag = Bag(0, (0,), ("sum", "sum", "max")[int(given["mode"])], row=scalar.text(row))
+    bag = replace(bag, divisor="Max(1, count)" if given["mode"] == 1 else "")
+    sources: tuple[fx.Node, ...] = (source,)
+    if matrix is None:
+        sources = (source, offsets)
+        bag = replace(bag, offsets=1, include_last_offset=bool(given["include_last_offset"]))
     padding = given["padding_idx"]
-    sources, regular = _regular(ids, offsets)
-    if not regular:
-        sources = (ids, offsets)
-    bag = Bag(0, (0,), pooling, divisor=divisor, offsets=-1 if regular else 1)
-    bag = replace(bag, include_last_offset=bool(given["include_last_offset"]) and not regular)
     if padding is not None and padding != -1:
         rows = table.meta["val"].shape[0]
         if not isinstance(rows, int):
             raise Refuse("padding_idx in a table with a changing number of rows", node)
-        bag = replace(bag, keep=f"Ne(x0, {padding % rows})")
+        bag = replace(bag, keep=scalar.text(sympy.Ne(row, padding % rows)))
     if isinstance(weights, fx.Node):
-        if regular:
-            sources, bag = (
-                (ids, offsets),
-                replace(bag, offsets=1, include_last_offset=bool(given["include_last_offset"])),
-            )
         sources += (weights,)
-        bag = replace(bag, loads=(0, len(sources) - 1), weight="x1")
+        bag = replace(bag, loads=(0, 2), weight="x1")
     return Found(values[0], table, bag, sources)
 
 
-def _regular(ids: fx.Node, offsets: fx.Node) -> tuple[tuple[fx.Node, ...], bool]:
+def _matrix(ids: fx.Node, offsets: fx.Node) -> fx.Node | None:
     """The ids as `[B, L]` where the offsets are `arange(0, B * L, L)`: what `embedding_bag` makes of 2-D ids."""
     step = offsets.args[2] if offsets.target is aten.arange.start_step and len(offsets.args) > 2 else None
     if step is None or ids.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
-        return (), False
+        return None
     matrix = ids.args[0]
     assert isinstance(matrix, fx.Node)
     shape = matrix.meta["val"].shape
     if len(shape) != 2 or offsets.args[0] != 0 or not isinstance(step, int) or shape[1] != step:
-        return (), False
-    return (matrix,), True
+        return None
+    return matrix
 
 
 def _pooled(node: fx.Node) -> Found | None:

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from recompile.lowering import scalar
 from recompile.rewrite import Refuse, arguments, same
 
-from .bags import CASTS
+from .ids import CASTS
 from .pooled_rows import Pooled
 from .positions import Axes, Reader, before_view
 

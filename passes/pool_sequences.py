@@ -66,7 +66,8 @@ class PoolSequences(Pass):
 def _rewrite(pooled: Pooled, builder: Builder) -> None:
     """Puts the bag in the place of what it computes."""
     lookup = pooled.rows.lookup
-    table, ids = check_table(lookup), arg(lookup, 1)
+    table, ids = arg(lookup, 0), arg(lookup, 1)
+    check_table(lookup, table)
     samples = tuple(axis for axis in pooled.rows.axes if axis.startswith("b"))
     reader = Reader(builder, tuple(sorted(samples)), ids.meta["val"].shape)
     row = reader.element(ids, (*sorted(samples), "l"))
@@ -88,7 +89,7 @@ def _rewrite(pooled: Pooled, builder: Builder) -> None:
         0,
         tuple(range(len(loads))),
         "max" if pooled.kind == "max" else "sum",
-        row=str(exprs[0]),
+        row=scalar.text(exprs[0]),
         keep=scalar.text(exprs[-1]),
         weight="" if weight is None else str(exprs[1]),
         count=pooled.count,

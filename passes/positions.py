@@ -19,19 +19,11 @@ from torch._ops import OpOverload
 from recompile.lowering import scalar
 from recompile.rewrite import Builder, Refuse, arguments, same
 
-from .bags import CASTS, id_step
+from .ids import CASTS, COMPARE, id_step
 
 aten = torch.ops.aten
 Axes = tuple[str, ...]
 _BROADCAST: tuple[Axes, ...] = (("b0",), ("b0", ""), ("", "l"), ("", ""))  # what a kernel reads as [B, L]
-_COMPARE: dict[Any, Callable[[Any, Any], sympy.Basic]] = {
-    aten.ne: sympy.Ne,
-    aten.eq: sympy.Eq,
-    aten.gt: sympy.Gt,
-    aten.ge: sympy.Ge,
-    aten.lt: sympy.Lt,
-    aten.le: sympy.Le,
-}
 # On truths, which multiplication joins as `and` does.
 _LOGIC: dict[Any, Callable[..., sympy.Basic]] = {
     aten.logical_not: sympy.Not,
@@ -114,7 +106,7 @@ class Reader:
         packet = node.target.overloadpacket
         if packet is aten.arange:
             return _counted(node) if axes == ("l",) and not same(_shape(node)[0], 1) else None
-        if packet in _COMPARE:
+        if packet in COMPARE:
             return self._compared(node, axes)
         if packet is aten.bitwise_not and _val(node).dtype is not torch.bool:
             return None  # ~1 is -2
@@ -127,7 +119,7 @@ class Reader:
             if scalar.is_truth(found) or _keeps_numbers(_val(node.args[0]).dtype, _val(node).dtype):
                 return found
         step = id_step(node)
-        return None if step is None else step[1](self.element(step[0], axes))
+        return None if step is None else step[1](*(self.element(x, axes) for x in step[0]))
 
     def _joined(
         self, join: Callable[..., sympy.Basic], node: fx.Node, operands: Sequence[Any], axes: Axes
@@ -150,7 +142,7 @@ class Reader:
                 return None  # eager rounds this number, the kernel would not
         if any(map(scalar.is_truth, sides)):
             return None
-        return _COMPARE[node.target.overloadpacket](*sides)  # type: ignore[union-attr]
+        return COMPARE[node.target.overloadpacket](*sides)  # type: ignore[union-attr]
 
     def loaded(self, node: fx.Node, axes: Axes) -> sympy.Symbol:
         """A load of `node`, whatever it is computed from.

@@ -208,6 +208,34 @@ def reshape_from_view(node: fx.Node, given: dict[str, Any], build: Builder) -> f
     return build.equal(aten.reshape.default, source, shape)
 
 
+@spelling(aten.index_select)
+def embedding_from_index_select(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`index_select(table, 0, ids)` is `embedding(table, ids)`, for a table that is an input."""
+    table, ids = given["self"], given["index"]
+    is_table = table.op == "placeholder" and _val(table).ndim == 2 and _val(table).dtype.is_floating_point
+    if not is_table or given["dim"] != 0 or _val(ids).ndim != 1:
+        return None
+    return build.equal(aten.embedding.default, table, ids)
+
+
+@spelling(aten.reshape)
+def embedding_before_reshape(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`reshape(embedding(table, flatten(ids)), shape)` is `reshape(embedding(table, ids), shape)`."""
+    lookup = given["self"]
+    if lookup.target is not aten.embedding.default or len(lookup.users) != 1:
+        return None
+    flat = lookup.args[1]
+    if flat.target is not aten.reshape.default or _val(flat).ndim != 1:
+        return None
+    ids = flat.args[0]
+    if _val(ids).ndim < 2 or not same(_val(ids).shape[:1], node.meta["val"].shape[:1]):
+        return None
+    if any(build.effects.between(x, node) is not None for x in (flat, lookup)):
+        return None
+    rows = build.call(aten.embedding.default, lookup.args[0], ids, *lookup.args[2:], **lookup.kwargs)
+    return build.equal(aten.reshape.default, rows, given["shape"])
+
+
 @spelling(aten.expand_as, aten.broadcast_to)
 def expand_from_expand_as(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`expand_as` and `broadcast_to` are `expand`."""

@@ -128,6 +128,8 @@ IDS = {
     "float column": lambda x, i: x.double()[:, i : i + 1].long(),
     "hash": lambda x, i: (x[:, i] + 7) % 20,
     "clamp": lambda x, i: x[:, i].clamp(1, 3),
+    "quotient": lambda x, i: (x[:, i] - 10) // 3 + 4,
+    "unknown ids": lambda x, i: x[:, i].masked_fill(x[:, i] > 15, 0),
     "unbind": lambda x, i: x.unbind(1)[i],
     "int32": lambda x, i: x[:, i].int(),
     "transposed": lambda x, i: x.t().contiguous().t()[:, i],
