@@ -95,9 +95,13 @@ def _is_one_id(found: Found) -> bool:
 def _check_unwritten(found: Found, effects: Effects) -> None:
     if effects.is_written(found.value):
         raise Refuse("the looked-up value is written in place", found.value)
-    for node in (found.table, *found.sources):
+    ends, seen, todo = {found.table, *found.sources}, set[fx.Node](), [found.value]
+    while todo:
+        node = todo.pop()
         if effects.is_written(node):
             raise Refuse(f"{node.name}, which the lookup reads, is written in place", found.value)
+        seen.add(node)
+        todo += [] if node in ends else [x for x in node.all_input_nodes if x not in seen]
 
 
 def _groups(found: Sequence[Found], effects: Effects, depth: dict[fx.Node, int]) -> Iterator[list[Found]]:

@@ -158,3 +158,15 @@ def test_tables_that_are_written_out_anyway_are_read():
         assert not [
             r.why for p in record.passes for u in p.rules for r in u.refused if "elementwise" in r.why
         ]
+
+
+def test_ids_that_are_written_on_the_way_are_not_followed():
+    def how(w, x):
+        ids = x * 3
+        ids.as_strided((6,), (1,)).fill_(7)
+        return F.embedding(ids % 20, w)
+
+    assert_refuses(
+        FuseLookups, Tables(how), (torch.arange(6),), why="which the lookup reads, is written in place"
+    )
+    assert_rewritten_same(Tables(how), (torch.arange(6),))
