@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from recompile.lowering import scalar
 from recompile.rewrite import Builder, Refuse, arguments, same
 
-from .ids import CASTS, COMPARE, id_step
+from .ids import CASTS, COMPARE, id_step, ids_of
 
 aten = torch.ops.aten
 Axes = tuple[str, ...]
@@ -119,7 +119,17 @@ class Reader:
             if scalar.is_truth(found) or _keeps_numbers(_val(node.args[0]).dtype, _val(node).dtype):
                 return found
         step = id_step(node)
-        return None if step is None else step[1](*(self.element(x, axes) for x in step[0]))
+        if step is None:
+            return None
+        if len(step[0]) == 1:
+            return step[1](self.element(step[0][0], axes))
+        source, found = ids_of(
+            node
+        )  # a choice, by a condition on what it chooses from: a load of its own size
+        loaded = None if source is node else self.element(source, axes)
+        return (
+            found.xreplace({scalar.symbol("x0"): loaded}) if loaded is not None and loaded.is_Symbol else None
+        )
 
     def _joined(
         self, join: Callable[..., sympy.Basic], node: fx.Node, operands: Sequence[Any], axes: Axes

@@ -140,6 +140,14 @@ SPELLINGS = {
         lambda m, x, n: m.table((x + 3).clamp(1, 60) % 50).sum(1),
         Bag(0, (0,), "sum", row="Mod(Min(60, Max(1, x0 + 3)), 50)", frozen_row=0),
     ),
+    "unknown ids": (
+        lambda m, x, n: m.table(torch.where((x > 2) & (x < 40), x, 1)).sum(1),
+        Bag(0, (0,), "sum", row="where((x0 > 2) & (x0 < 40), x0, 1)", frozen_row=0),
+    ),
+    "ids filled by their lengths": (
+        lambda m, x, n: m.table(torch.where(torch.arange(L) < n[:, None], x, 0)).sum(1),
+        Bag(0, (0,), "sum", frozen_row=0),
+    ),
     "max": (lambda m, x, n: m.table(x).max(1).values, Bag(0, (0,), "max", frozen_row=0)),
     "masked max": (
         lambda m, x, n: m.table(x).masked_fill((x == 0)[..., None], float("-inf")).max(1)[0],
