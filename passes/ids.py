@@ -50,9 +50,8 @@ _LOGIC: dict[Any, Callable[..., sympy.Basic]] = {
     aten.bitwise_or: sympy.Or,
     aten.__or__: sympy.Or,
 }
-Function = Callable[
-    ..., Any
-]  # of one element of each input: an expression, or None where it would not be exact
+# Of one element of each input: an expression, or None where it would not be exact.
+Function = Callable[..., Any]
 Step = tuple[Sequence[fx.Node], Function]
 Range = tuple[Any, Any]  # the least and the largest value
 
@@ -74,7 +73,7 @@ def id_step(node: fx.Node) -> Step | None:
 
     Casts, arithmetic with constants, comparisons with constants, and choices by them; None for anything else.
     """
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload) or not node.args:
         return None
     dtype = _dtype(node)
     found = _truth(node) if dtype is torch.bool else _number(node) if dtype in INTEGERS else None
@@ -179,7 +178,6 @@ _ON_IDS: dict[Any, Function] = {
 def _number(node: fx.Node) -> Step | None:
     """Integers: a cast, arithmetic, a choice between two by a condition."""
     source, dtype, packet = node.args[0], _dtype(node), node.target.overloadpacket  # type: ignore[union-attr]
-    given = arguments(node)
     if packet in (aten.where, aten.masked_fill) and len(node.args) == 3:
         return _choice(*node.args) if packet is aten.where else _choice(*(node.args[k] for k in (1, 2, 0)))
     if not isinstance(source, fx.Node):
@@ -188,7 +186,7 @@ def _number(node: fx.Node) -> Step | None:
         if _dtype(source).is_floating_point:
             return ([source], scalar.trunc) if dtype is torch.int64 else None
         return ([source], lambda x: x) if _dtype(source) in INTEGERS else None
-    apply, rest = _ON_IDS.get(packet), [value for name, value in given.items() if name != "self"]
+    apply, rest = _ON_IDS.get(packet), [value for name, value in arguments(node).items() if name != "self"]
     numbers = [x for x in rest if x is not None and not isinstance(x, str)]
     if apply is None or _dtype(source) is not dtype or not all(_is_constant(x, dtype) for x in numbers):
         return None
@@ -225,9 +223,8 @@ def _truth(node: fx.Node) -> Step | None:
     packet = node.target.overloadpacket  # type: ignore[union-attr]
     if packet in COMPARE and isinstance(first, fx.Node) and _dtype(first) in INTEGERS:
         (number,) = others
-        return (
-            ([first], lambda x: COMPARE[packet](x, number)) if _is_constant(number, _dtype(first)) else None
-        )
+        compare = COMPARE[packet]
+        return ([first], lambda x: compare(x, number)) if _is_constant(number, _dtype(first)) else None
     nodes = [x for x in node.args if isinstance(x, fx.Node) and _dtype(x) is torch.bool]
     return (nodes, _LOGIC[packet]) if packet in _LOGIC and len(nodes) == len(node.args) else None
 
