@@ -127,7 +127,7 @@ def assert_rewritten_same(
 
     Args:
         model: its parameters' gradients are compared, for random gradients of the outputs.
-        args: what the model is called with.
+        args: what the model is called with; the gradients of those that ask for one are compared, too.
         dynamic: as for `torch.compile`.
 
     Returns:
@@ -153,11 +153,15 @@ def assert_rewritten_same(
 
 def _with_gradients(model: torch.nn.Module, call: Callable[..., Any], args: Sequence[Any]) -> Any:
     outputs = call(*args)
-    found = [out for out in tree_leaves(outputs) if isinstance(out, torch.Tensor) and out.requires_grad]
+    found = [out for out in tree_leaves(outputs) if _learns(out)]
     torch.manual_seed(0)
     seeds = [torch.randn_like(out) for out in found]
-    sources = list(model.parameters())
+    sources = [*model.parameters(), *(x for x in tree_leaves(args) if _learns(x))]
     return outputs, torch.autograd.grad(found, sources, seeds, allow_unused=True) if sources else ()
+
+
+def _learns(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def text(gm: fx.GraphModule) -> str:
@@ -222,7 +226,7 @@ def _results(
         outputs = call(*inputs)
     results = {"outputs": outputs, "buffers": dict(model.named_buffers())}
     if train:
-        found = [out for out in tree_leaves(outputs) if isinstance(out, torch.Tensor) and out.requires_grad]
+        found = [out for out in tree_leaves(outputs) if _learns(out)]
         torch.autograd.backward(found, [torch.randn_like(out) for out in found])
         sources = [*model.parameters(), *(x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))]
         results["gradients"] = [x.grad for x in sources if x.grad is not None]

@@ -142,8 +142,14 @@ class Effects:
         low, high = sorted((node, other), key=self.order.__getitem__)
         if self.region[low] != self.region[high]:
             return self.walls[self.region[low]]
-        reads = self._writes and storages([*node.all_input_nodes, node])
-        for storage in reads or ():
+        return self._write_between(low, high, [*node.all_input_nodes, node])
+
+    def overwritten(self, node: fx.Node, other: fx.Node) -> fx.Node | None:
+        """What writes to the memory of `node` before `other`, which stands later and reads it; or None."""
+        return self._write_between(node, other, [node])
+
+    def _write_between(self, low: fx.Node, high: fx.Node, of: list[fx.Node]) -> fx.Node | None:
+        for storage in storages(of) if self._writes else ():
             places = self._writes.get(storage, [])
             at = bisect_right(places, self.order[low])
             if at < len(places) and places[at] < self.order[high]:
