@@ -53,9 +53,10 @@ class Ledger:
         total = Cost()
         for node in gone:
             total += self._replaced.get(node) or cost(node, *before[node])
-        # Nodes that are no regions are replaced together later: the first of them stands for all.
+        # Of nodes that are no regions the last stands for all: others may stay when it is replaced, as a view that a
+        # stack made of an operand does.
         shares = len(heirs) if is_region(heirs[0]) else 1
-        for node in heirs:
+        for node in reversed(heirs):
             self._replaced[node] = Cost(_share(total.bytes, shares), _share(total.flops, shares))
             total = total if shares > 1 else Cost()
 
