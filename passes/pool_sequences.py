@@ -106,7 +106,7 @@ def _rewrite(pooled: Pooled, builder: Builder) -> None:
 def _put(pooled: Pooled, new: fx.Node, builder: Builder) -> None:
     root = pooled.root
     if [axis for axis in pooled.axes if axis] != [*sorted(a for a in pooled.axes if a.startswith("b")), "d"]:
-        raise Refuse("the pooled value has its columns before its samples", root)
+        raise Refuse("the pooled rows are laid out [columns, samples], not [samples, columns]", root)
     if new.meta["val"].dtype != root.meta["val"].dtype:
         raise Refuse("the pooled value has another dtype than its table's rows", root)
     if len(pooled.axes) > 2:
@@ -128,7 +128,7 @@ def _masks(pooled: Pooled, reader: Reader) -> tuple[sympy.Basic, sympy.Basic | N
         elif what == "weight":
             raise Refuse("the rows have several weights", by)
         else:
-            raise Refuse("the mask is no boolean", by)
+            raise Refuse("the mask holds numbers, not true and false", by)
     return keep, weight
 
 

@@ -153,7 +153,7 @@ class _Attempt:
         self.second, self.effects, self.rule, self.sums = second, effects, rule, sums
         self.region = Region(second.weights, second.sizes, regions, as_eager)
         if len(self.region.products) > 1:
-            raise Refuse("the weights are made of two products", self.region.products[0])
+            raise Refuse("the attention weights are made of two products", self.region.products[0])
         self.root = second.found.node
         if self._is_layer():
             raise Refuse(_LAYER, self.root)
@@ -208,7 +208,7 @@ class _Attempt:
         """q, k and v, as far up as they are views or copies."""
         product, axes = self.region.product, self.region.product_axes
         if product is None:
-            raise Refuse("the weights are made of no product of queries and keys", self.root)
+            raise Refuse("the attention weights are made of no product of queries and keys", self.root)
         of = dict(zip(product.letters[2], axes, strict=True)) | {product.summed: ("d",)}
         nodes = zip((product.left, product.right), product.letters, strict=False)
         sides = [(node, tuple(of.get(x, ()) for x in letters)) for node, letters in nodes]
@@ -246,7 +246,8 @@ class _Attempt:
             raise Refuse(_LAYER, self.root)
         if {*atoms(self.v[1])}.difference(atoms(self.q[1]), atoms(self.k[1]), self.loaded, "je"):
             raise Refuse(
-                "the weights are the same for all samples, or heads: they are computed once", self.root
+                "the attention weights are the same for all samples, or heads: they are computed once",
+                self.root,
             )
         if not self.softmax and sympy.diff(self.score, S).is_number:
             raise Refuse("the scores are used as they are: it is a chain of products", self.root)

@@ -112,7 +112,7 @@ function rulesHtml(graph, rules) {
   const rowsHtml = told.map((rule) => `<tr><td>${escapeText(rule.name)}</td><td class="plus">${rule.fired}</td><td>${rule.tried}</td><td class="${rule.refused.length ? "minus" : ""}">${rule.refused.length}</td></tr>`).join("");
   return (told.length ? `<table><tr><th>rule</th><th>fired</th><th>tried</th><th>refused</th></tr>${rowsHtml}</table>` : `<p class="note">No rule fired or refused.</p>`) +
     told.map((rule) => refusalList(graph, rule)).join("") +
-    (idle.length ? `<h3>fired 0 times, for want of candidates</h3><p class="note">${idle.map((rule) => escapeText(rule.name) + (rule.tried ? ` (tried ${rule.tried})` : "")).join(", ")}</p>` : "");
+    (idle.length ? `<h3>fired 0 times</h3><p class="note">${idle.map((rule) => escapeText(rule.name) + (rule.tried ? ` (tried ${rule.tried})` : "")).join(", ")}</p>` : "");
 }
 
 // The refusals of a rule, sentences that differ only in the node they name once.

@@ -81,7 +81,11 @@ class Matcher:
             if same(bound, value):
                 yield
             else:
-                self._miss(f"expected {_show(bound)} again, found {_show(value)}", value, other=True)
+                self._miss(
+                    f"expected the same value twice, found {_show(bound)} and {_show(value)}",
+                    value,
+                    other=True,
+                )
             return
         mark = self._bound.mark()
         if self._is_kind(pattern, value) and self._fits(pattern, value) and self._bind(pattern, value):
@@ -145,8 +149,8 @@ class Matcher:
     def _bind(self, pattern: Pattern, value: Any) -> bool:
         known = self._bound.name(pattern.name) if pattern.name else UNBOUND
         if known is not UNBOUND and not same(known, value):
-            again = f"expected {pattern.name} to be {_show(known)} again, found {_show(value)}"
-            return self._miss(again, value, other=True)
+            twice = f"expected the same {pattern.name} twice, found {_show(known)} and {_show(value)}"
+            return self._miss(twice, value, other=True)
         scope = self._bound.scopes[-1]
         if pattern.name and known is UNBOUND:
             self._bound.set(scope.names, pattern.name, value)

@@ -155,7 +155,7 @@ def place(found: Found, effects: Effects) -> fx.Node:
         walls = (effects.between(node, last) for node in found.inner)
         if order(last) < order(first) and not any(walls):
             return last
-    raise Refuse(f"{first.name} needs one part of it before the others can be computed", first)
+    raise Refuse(f"{first.name} reads one of the results before the others can be computed", first)
 
 
 def _sweep_up(found: Found) -> list[fx.Node]:

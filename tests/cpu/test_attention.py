@@ -391,7 +391,7 @@ REFUSED = [
     (wiped_in_place, "the scores are written in place", ""),
     (drawn_in_place, "bernoulli_ between the scores and the values is not supported", "bernoulli_"),
     (accumulated, "cumsum between the scores and the values is not supported", "cumsum"),
-    (of_two_products, "the weights are made of two products", "matmul"),
+    (of_two_products, "the attention weights are made of two products", "matmul"),
     (softmax_of_softmax, "two softmaxes stand one after the other", "softmax_1"),
     (powers_of_the_softmax, "the softmax' result is not just multiplied: p**2", ""),
     (a_chain, "the scores are used as they are: it is a chain of products", ""),

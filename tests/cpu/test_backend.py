@@ -321,7 +321,7 @@ def test_explain_reports_only_its_own_graphs_and_always_compiles(settings):
     for train in (False, True):
         report = explain(model, x, train=train)
         assert len(report.graphs) == 1
-        assert "4 bags over 4 tables -> concat" in report.text()
+        assert "4 lookups over 4 tables -> concat" in report.text()
         assert "test_backend.py" in report.text()
     assert len(last_report().graphs) == 3
 

@@ -54,7 +54,7 @@ def failed(dump):
     undone, skipped = report["graphs"][0]["passes"]
     undone["error"], skipped["skipped"] = "RecompileError: <b>x</b>", "its numerics are fast"
     refusal = {
-        "why": "of an internal error, <i>ValueError</i>",
+        "why": "recompile has an internal error, <i>ValueError</i>",
         "node": "",
         "line": "model.py:1 in forward: x",
     }

@@ -300,7 +300,7 @@ def test_what_failed_is_said(page):
     page.key("g")
     assert "graph=1" in page.address()
     assert page.texts(".banner") == [
-        "Compiled by plain Inductor: of an internal error, <i>ValueError</i> model.py:1 in forward: x"
+        "Compiled by plain Inductor: recompile has an internal error, <i>ValueError</i> model.py:1 in forward: x"
     ]
 
 

@@ -149,7 +149,7 @@ MISSES: dict[str, tuple[Callable[[Ops], Any], Callable[..., Any], str]] = {
     "another tensor": (
         lambda op: op.add(op.sin(op.var("x")), op.cos(op.var("x"))),
         lambda w, i, x: x.relu().sin() + x.cos(),
-        "expected x to be relu again, found x_1",
+        "expected the same x twice, found relu and x_1",
     ),
     "dtype": (
         lambda op: op.relu(op.sin(op.var("x", dtype=(torch.float64, torch.float16)))),
