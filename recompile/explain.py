@@ -29,7 +29,7 @@ def explain(
         args, kwargs: what it is called with.
         options: as for `torch.compile(backend="recompile", options=...)`.
         train: compile for training, with autograd; otherwise for inference, under `torch.no_grad()`.
-        profile: run it some more times, and measure each region's forward kernel (on CPUs).
+        profile: run it some more times, and measure each region's forward kernel; on CPUs only, elsewhere it says so.
 
     Raises:
         OptionError, PassOrderError: of `options`.

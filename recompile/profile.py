@@ -43,22 +43,32 @@ def _best(call: Callable[[], object]) -> float:
 
 
 def measure(report: Report, programs: list[str], run: Callable[[], object]) -> None:
-    """Fills in `measured` of the regions of a report whose kernels Inductor's profile shows.
+    """Fills in `measured` of the regions of a report whose kernels the profile shows, `unmeasured` of the others.
 
     Args:
         programs: Inductor's, compiled with `cpp.enable_kernel_profile`, in the order of the report's graphs.
         run: runs the model once.
     """
     times = _times(run)
+    regions = [region for graph in report.graphs for region in graph.regions]
     waiting = defaultdict[tuple[str, str], list[RegionRecord]](list)
-    for region in (region for graph in report.graphs for region in graph.regions):
+    for region in regions:
         waiting[region.op.split(".")[1], digest(region.spec)].append(region)
     for kernel in (kernel for program in programs for kernel in kernels(program)):
         name = _EVENT.search(kernel.source)
-        regions = waiting[kernel.op, kernel.spec]
-        if name is not None and regions and name[0] in times:
-            region = regions.pop(0)
+        alike = waiting[kernel.op, kernel.spec]
+        if name is not None and alike and name[0] in times:
+            region = alike.pop(0)
             region.measured = _measured(region, times[name[0]])
+    for region in regions:
+        if region.measured is None:
+            region.unmeasured = _why_not(region)
+
+
+def _why_not(region: RegionRecord) -> str:
+    if region.device != "cpu":
+        return f"not measured on {region.device}: only kernels on CPUs are"
+    return "not measured: the profile shows no kernel of it"
 
 
 def _times(run: Callable[[], object]) -> dict[str, float]:

@@ -86,8 +86,11 @@ class RegionRecord:
     """A region operator in the final graph, and the user's lines that it computes.
 
     `spec` is the operator's, as text (see `recompile/lowering/*/spec.py`).
-    `before` is what the nodes cost that it replaced, each by itself (see `cost.py`), `after` what it costs. `measured`
-    is there after `explain(profile=True)`.
+    `reads` has dtype and shape of the nodes it reads, `writes` of the results that the graph reads.
+    `before` is what the nodes cost that it replaced, each by itself (see `cost.py`), `after` what it costs, and `bound`
+    what limits that on any CPU: "launch", "memory", "compute", or "" where it depends on the CPU.
+    `kernel` is its file, seen from the dump's folder, where one was written. After `explain(profile=True)` there is
+    `measured`, or a reason in `unmeasured`.
     """
 
     name: str
@@ -96,19 +99,29 @@ class RegionRecord:
     summary: str = ""
     lines: list[str] = field(default_factory=list)
     spec: str = ""
+    device: str = ""
+    reads: dict[str, str] = field(default_factory=dict)
+    writes: list[str] = field(default_factory=list)
     before: CostRecord | None = None
     after: CostRecord | None = None
+    bound: str = ""
+    kernel: str = ""
     measured: Measured | None = None
+    unmeasured: str = ""
 
 
 @dataclass
 class GraphRecord:
-    """One graph from Dynamo. `fallback` says why plain Inductor compiled it, None if it did not."""
+    """One graph from Dynamo. `fallback` says why plain Inductor compiled it, None if it did not.
+
+    `chosen` is the option `passes` that gives the passes that ran, settings and all.
+    """
 
     index: int = 0
     nodes_before: int = 0
     nodes_after: int = 0
     capture_ms: float = 0.0
+    chosen: str = ""
     passes: list[PassRecord] = field(default_factory=list)
     regions: list[RegionRecord] = field(default_factory=list)
     fallback: Refusal | None = None

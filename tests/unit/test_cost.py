@@ -6,9 +6,12 @@ import torch
 from torch import nn
 
 import recompile
-from recompile.cost import Cost, cost
+from recompile.cost import Cost, cost, is_region
 from recompile.ledger import Ledger
-from recompile.report import CostRecord
+from recompile.options import Options
+from recompile.pipeline import run_passes
+from recompile.regions import region_record
+from recompile.report import CostRecord, GraphRecord
 from recompile.testing import capture
 
 aten = torch.ops.aten
@@ -119,10 +122,39 @@ def test_of_dynamic_sizes():
     assert f"bytes {region.before.bytes} -> {region.after.bytes}" in report.text()
 
 
-def test_attention_counts_its_pairs():
-    def attention(q, k, v):
-        return (q @ k.mT).softmax(-1) @ v
+def attention(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
 
+
+def regions(model, *inputs):
+    gm = capture(model, *inputs)
+    ledger = run_passes(gm, Options(), GraphRecord())
+    return [region_record(node, ledger) for node in gm.graph.nodes if is_region(node)]
+
+
+@pytest.mark.parametrize(
+    ("bound", "model", "inputs"),
+    [
+        ("memory", Tables(), torch.zeros(1, 2000, 3, dtype=torch.int64)),
+        ("compute", attention, torch.randn(3, 2, 1000, 16)),
+        ("", attention, torch.randn(3, 64, 80, 16)),  # 20 operations a byte: some CPUs make more of them
+        ("launch", Tables(), torch.zeros(1, 6, 3, dtype=torch.int64)),
+    ],
+)
+def test_the_bound_is_predicted_by_the_operations_a_byte(bound, model, inputs):
+    (region,) = regions(model, *inputs)
+    assert region.bound == bound
+
+
+def test_a_region_tells_the_shapes_of_what_it_reads_and_writes():
+    (region,) = regions(Tables(), torch.zeros(6, 3, dtype=torch.int64))
+    assert [*region.reads.values()] == ["f32[50, 4]"] * 3 + ["i64[6]"] * 3
+    assert region.writes == ["f32[6, 12]"] and region.device == "cpu"
+    (region,) = regions(attention, *torch.randn(3, 2, 10, 4))
+    assert [*region.reads.values()] == ["f32[2, 10, 4]"] * 3 and region.writes == ["f32[2, 10, 4]"]
+
+
+def test_attention_counts_its_pairs():
     with torch.no_grad():
         report = recompile.explain(attention, *torch.randn(3, 2, 10, 4))
     (region,) = report.graphs[0].regions

@@ -20,7 +20,7 @@ from recompile.errors import CaptureError, RecompileError
 from recompile.lowering.fingerprint import digest
 from recompile.node_entry import entry, source_name
 from recompile.recording import Recording
-from recompile.report import GraphRecord, frame_line, user_line
+from recompile.report import GraphRecord, RegionRecord, frame_line, user_line
 from recompile.rewrite import registry
 from recompile.torch_private.generated_code import is_backward, kernels
 
@@ -364,7 +364,9 @@ def test_regions_with_one_spec_have_their_kernels_in_order_and_gradients_in_reve
     forward = "".join(CPP.format(op="attention", n=n, spec=spec) for n in (10, 11))
     backward = "".join(CPP.format(op="attention_backward", n=n, spec=spec) for n in (20, 21))
     recording = recorded([forward, backward], [region("a"), region("b")])
-    files = dump_graph.files(recording, 0)
+    recording.record.regions = [RegionRecord("a", ""), RegionRecord("b", "")]
+    files = dump_graph.files(recording, 3)
+    assert [r.kernel for r in recording.record.regions] == ["graph-3/kernels/a.cpp", "graph-3/kernels/b.cpp"]
     first = {
         name: text for name, text in files.items() if name.startswith("kernels/") and "inductor" not in name
     }
@@ -411,7 +413,7 @@ def test_show_tells_which_graph_matters(tmp_path, capsys):
         run()
     status, shown = out_of(capsys, "show", tmp_path)
     assert status == 0 and "graph 1: forward test_dump.py:" in shown.out
-    assert "lookup_default: 4 bags over 4 tables -> concat" in shown.out
+    assert "lookup_default: 4 lookups over 4 tables -> concat" in shown.out
     assert "1 x fuse-lookups" in shown.out
     assert "graph 0: forward" in out_of(capsys, "show", tmp_path, "--graph", 0)[1].out
     graphs = json.loads(out_of(capsys, "show", tmp_path, "--json")[1].out)
@@ -424,6 +426,9 @@ def test_diff_shows_one_pass_or_all(folder, capsys, monkeypatch):
     assert status == 0 and "+++ " in shown.out and "-    embedding: f32[5, 4]" in shown.out
     everything = out_of(capsys, "diff", folder)[1].out
     assert shown.out in everything and "dead-code" in everything
+    found = json.loads(out_of(capsys, "diff", folder, "--json")[1].out)
+    assert ["\n".join(each["diff"]) + "\n" for each in found if each["pass"] == "fuse-lookups"] == [shown.out]
+    assert "dead-code" in [each["pass"] for each in found]
     assert "\x1b[" not in everything
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
@@ -455,8 +460,11 @@ def test_commands_on_a_folder_without_a_dump_say_so(tmp_path, capsys):
 
 def test_explain_reads_a_dump(folder, capsys):
     status, shown = out_of(capsys, "explain", folder)
-    assert status == 0 and "4 bags over 4 tables -> concat" in shown.out
+    assert status == 0 and "4 lookups over 4 tables -> concat" in shown.out
     assert json.loads(out_of(capsys, "explain", folder, "--json")[1].out)["graphs"]
+    status, shown = out_of(capsys, "explain", folder, "--profile")
+    assert status == 2 and "a dump cannot be measured" in shown.err
+    assert "try: recompile explain package.module:function --profile" in shown.err
 
 
 def test_importing_recompile_does_not_import_dynamo():
