@@ -145,7 +145,7 @@ def _idle(records: list[PassRecord]) -> Iterator[str]:
     ]
     tried = sorted((r for r in idle if r.tried), key=lambda r: -r.tried)
     if tried:
-        yield "tried, and nothing fitted: " + _few([f"{r.name} ({plural(r.tried, 'time')})" for r in tried])
+        yield "tried, and nothing fitted: " + _few([f"{r.tried} x {r.name}" for r in tried])
     if never := [r.name for r in idle if not r.tried]:
         yield "met no candidate: " + _few(never)
 

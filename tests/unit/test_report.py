@@ -101,7 +101,7 @@ def test_many_sentences_of_one_rule_are_cut():
 def test_a_rule_that_had_nothing_to_do_is_said():
     tried = [RuleRecord("drop-no-op", tried=1), RuleRecord("drop-squeeze", tried=26)]
     text = report(pass_record(RuleRecord("flatten-cat"), *tried)).text()
-    assert "tried, and nothing fitted: drop-squeeze (26 times), drop-no-op (1 time)" in text
+    assert "tried, and nothing fitted: 26 x drop-squeeze, 1 x drop-no-op" in text
     assert "met no candidate: flatten-cat" in text
     many = report(pass_record(*(RuleRecord(f"rule-{k}") for k in range(21))))
     assert "met no candidate: rule-0, rule-1, rule-2 and 18 more rules" in many.text()
