@@ -147,7 +147,7 @@ def test_the_graph_that_goes_to_inductor_is_dynamos_own(monkeypatch, settings):
 
     monkeypatch.setattr(backend, "run_passes", change_and_fail)
     model, x = Tower(), ids()
-    with pytest.warns(UserWarning, match="internal error, ZeroDivisionError: our fault"):
+    with pytest.warns(UserWarning, match="because recompile has an internal error, ZeroDivisionError: our"):
         torch.testing.assert_close(torch.compile(model, backend=call)(x), model(x))
     assert given and only_graph().fallback is not None
 
