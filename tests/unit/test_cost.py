@@ -63,7 +63,8 @@ def test_a_stack_beside_features_counts_as_what_its_lookups_replace():
     report = recompile.explain(stacked, torch.randn(64, 16), torch.randint(0, 50, (64, 5)))
     (region,) = report.graphs[0].regions
     row = F4 * 16
-    assert region.before.bytes == str(64 * (5 * (8 + 2 * row) + 12 * row))  # lookups, and the stack of their rows
+    lookups, stack = 5 * (8 + 2 * row), 12 * row
+    assert region.before.bytes == str(64 * (lookups + stack))
     assert region.after.bytes == str(64 * (5 * 8 + 5 * row + row + 6 * row))
 
 
