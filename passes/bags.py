@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from recompile.graph.nodes import adds_in_any_order
 from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, op
 from recompile.rewrite import Refuse, arguments
@@ -162,6 +163,8 @@ def check_table(node: fx.Node) -> fx.Node:
         raise Refuse("scale_grad_by_freq changes the gradient in a way no kernel of ours computes", node)
     if given.get("sparse") and val.requires_grad and torch.is_grad_enabled():
         raise Refuse("sparse=True asks for sparse gradients, which eager must make", node)
+    if val.requires_grad and (why := adds_in_any_order(table)):
+        raise Refuse(why, node)
     return table
 
 

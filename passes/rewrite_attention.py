@@ -25,6 +25,7 @@ import sympy
 import torch
 from torch import fx
 
+from recompile.graph.nodes import adds_in_any_order
 from recompile.graph.order import erase
 from recompile.lowering import scalar
 from recompile.lowering.attention import Attention
@@ -253,6 +254,9 @@ class _Attempt:
             raise Refuse("the scores are used as they are: it is a chain of products", self.root)
         if not _is_many(self.second.sizes["j"]):
             raise Refuse("there is one key at most", self.root)
+        for name, (node, _) in region.loads.items():
+            if name[0] in "xT" and (why := adds_in_any_order(node)):
+                raise Refuse(why, node)
         for node, wall in self._walls(self.root):
             raise Refuse(f"{wall.name} stands between {node.name} and {self.root.name}", node)
 
