@@ -2,8 +2,8 @@
 
 An expression is kept as text in a region's spec (`"Ne(x0, 0) & (l < x1)"`), parsed once, and printed for the
 language at hand: PyTorch (the reference), C++ or Triton. Three things are allowed beyond sympy's own
-arithmetic and comparisons: `Mod` with Python's sign rule (that of `torch.remainder`), `trunc` (a float id cast
-to an integer, as `.long()` does), and the symbols that the region defines (`x0`, `l`, `count`, ...).
+arithmetic, square roots and comparisons: `Mod` with Python's sign rule (that of `torch.remainder`), `trunc` (a float
+id cast to an integer, as `.long()` does), and the symbols that the region defines (`x0`, `l`, `count`, ...).
 """
 
 import functools
@@ -32,7 +32,21 @@ OPERATORS = {
 
 _KNOWN = {
     name: getattr(sympy, name)
-    for name in ("Eq", "Ne", "And", "Or", "Not", "Max", "Min", "Mod", "Integer", "Float", "true", "false")
+    for name in (
+        "Eq",
+        "Ne",
+        "And",
+        "Or",
+        "Not",
+        "Max",
+        "Min",
+        "Mod",
+        "Integer",
+        "Float",
+        "sqrt",
+        "true",
+        "false",
+    )
 } | {"trunc": trunc}
 
 
@@ -77,7 +91,7 @@ WORDS = (  # what a printer knows
 
 def _reject_unknown(expr: sympy.Basic) -> None:
     for part in sympy.preorder_traversal(expr):
-        if isinstance(part, sympy.Pow) and part.exp == -1:
+        if isinstance(part, sympy.Pow) and part.exp in (-1, sympy.S.Half):
             continue
         if not isinstance(part, WORDS):
             raise ValueError(f"{part} ({type(part).__name__}) is not part of the scalar language")
@@ -116,7 +130,7 @@ def _apply(expr: sympy.Basic, args: Sequence[object]) -> torch.Tensor:
     if isinstance(expr, trunc):
         return _tensor(args[0]).to(torch.int64)
     if isinstance(expr, sympy.Pow):
-        return torch.reciprocal(_tensor(args[0]))
+        return (torch.sqrt if expr.exp == sympy.S.Half else torch.reciprocal)(_tensor(args[0]))
     op = binary[expr.func]
     first, *rest = sorted(args, key=lambda a: not isinstance(a, torch.Tensor)) if _commutes(expr) else args
     value = _tensor(first)
@@ -157,6 +171,7 @@ _CPP = {
     "or": " || ",
     "not": "!({0})",
     "trunc": "static_cast<int64_t>({0})",
+    "sqrt": "std::sqrt({0})",
     "true": "true",
     "false": "false",
 }
@@ -168,6 +183,7 @@ _TRITON = {
     "or": " | ",
     "not": "(~({0}))",
     "trunc": "({0}).to(tl.int64)",
+    "sqrt": "tl.sqrt({0})",
     "true": "True",
     "false": "False",
 }
@@ -191,6 +207,6 @@ def _print(expr: sympy.Basic, words: Mapping[str, str]) -> str:
         form = words["max" if isinstance(expr, sympy.Max) else "min"]
         return functools.reduce(lambda a, b: form.format(a, b), args)
     if isinstance(expr, sympy.Pow):
-        return f"(1.0 / {args[0]})"
+        return words["sqrt"].format(*args) if expr.exp == sympy.S.Half else f"(1.0 / {args[0]})"
     name = "mod" if isinstance(expr, sympy.Mod) else "not" if isinstance(expr, Not) else "trunc"
     return words[name].format(*args)

@@ -55,7 +55,10 @@ def output_dtype(
     out: Output, spec: Lookup, weights: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> torch.dtype:
     """What `torch.cat` of an output's parts would have."""
-    dtypes = [weights[spec.bags[p].table].dtype if p >= 0 else sources[~p].dtype for p in out.parts]
+    dtypes = [
+        spec.bags[p].value_dtype(weights[spec.bags[p].table].dtype) if p >= 0 else sources[~p].dtype
+        for p in out.parts
+    ]
     result = dtypes[0]
     for dtype in dtypes[1:]:
         result = torch.promote_types(result, dtype)

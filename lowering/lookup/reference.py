@@ -123,7 +123,7 @@ class _Positions:
         length = (
             self.env["L"][:1] if self.bag.offsets < 0 else torch.bincount(self.sample, minlength=self.batch)
         )
-        env = {"count": self._per_sample(each), "L": length.expand(self.batch)}
+        env = {"count": self._per_sample(each), "L": length.to(weight.dtype).expand(self.batch)}
         value = torch.as_tensor(scalar.evaluate(scalar.parse(self.bag.divisor), env))
         return value.to(weight.dtype).expand(self.batch)
 
@@ -131,12 +131,13 @@ class _Positions:
         """The bag: `[batch, width]`."""
         if self.bag.pooling == "none":
             return self.rows.reshape(self.batch, self.positions * self.rows.shape[1])
+        dtype = self.bag.value_dtype(self.rows.dtype)
         if self.bag.pooling == "max":
-            return self.largest()[0]
+            return self.largest()[0].to(dtype)
         rows = self.rows.to(self.weight().dtype) * self.weight().unsqueeze(1)
         total = self._per_sample(torch.where(self.keep.unsqueeze(1), rows, 0))
         divisor = self.divisor()
-        return (total if divisor is None else total / divisor.unsqueeze(1)).to(self.rows.dtype)
+        return (total if divisor is None else total / divisor.unsqueeze(1)).to(dtype)
 
     def largest(self) -> tuple[Tensor, Tensor]:
         """Per sample and column the largest kept value (`empty` for none), and its first position (or P)."""
