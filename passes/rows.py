@@ -180,7 +180,7 @@ def _sums_fields(node: fx.Node, rows: fx.Node) -> bool:
     if node.target is not aten.sum.dim_IntList or node.kwargs.get("dtype") is not None:
         return False
     val, dims = rows.meta["val"], arg(node, 1)
-    if val.dim() < 2 or len(dims) != 1 or not all(isinstance(s, int) for s in val.shape[1:]):
+    if val.dim() < 2 or len(dims or ()) != 1 or not all(isinstance(s, int) for s in val.shape[1:]):
         return False
     dim = dims[0] % val.dim()
     return bool(dim >= 1 and all(s == 1 for s in val.shape[1:dim]) and node.meta["val"].dtype == val.dtype)
