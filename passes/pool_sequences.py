@@ -107,6 +107,8 @@ class _Read:
 
 def _plan(pooled: Pooled, builder: Builder) -> _Plan:
     """The bags of a pooling, in the graph but with no user yet."""
+    if "d" not in pooled.axes:
+        raise Refuse("the rows have one column: Inductor pools them as fast or faster", pooled.root)
     rows, reads = pooled.rows, [_read(part, builder) for part in pooled.rows.parts]
     if pooled.kind == "max":
         _check_max(pooled, reads)

@@ -163,15 +163,12 @@ class Finder:
 
 
 def _reduced(node: fx.Node, rows: Rows, kind: str) -> Pooled | None:
-    """The pooling that a reduction of `rows` over the positions is; what else it reduces has size 1."""
+    """The pooling that a reduction of `rows` over the positions is."""
     given = arguments(node)
-    dims = [given["dim"]] if type(given["dim"]) is int else given["dim"] or []
-    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    if [rows.axes[k] for k in dims if rows.axes[k] == "l" or not same(shape[k], 1)] != ["l"]:
+    dims = given["dim"] if isinstance(given["dim"], list) else [given["dim"]]
+    if len(dims) != 1 or dims[0] is None or rows.axes[dims[0]] != "l":
         return None
-    kept = [
-        ("" if k in dims else axis) for k, axis in enumerate(rows.axes) if given["keepdim"] or k not in dims
-    ]
+    kept = ["" if axis == "l" else axis for axis in rows.axes if axis != "l" or given["keepdim"]]
     if node.target is not aten.max.dim:
         return Pooled(node, rows, kind, tuple(kept))
     values = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)

@@ -143,13 +143,9 @@ SPELLINGS = {
         lambda m, x, n: (m.table(x) * 0.3 * mask(x)[..., None]).sum(1) / mask(x).sum(1, keepdim=True),
         replace(KEPT, divisor="3.33333333333333*count"),
     ),
-    "one column, squeezed": (
-        lambda m, x, n: (m.one(x).squeeze(-1) * m.scores).sum(1),
-        Bag(0, (0, 1), "sum", weight="x1"),
-    ),
-    "one column, squeezed at last": (
-        lambda m, x, n: (m.one(x) * mask(x)[..., None]).sum((1, 2)),
-        replace(KEPT, frozen_row=-1),
+    "mean of one column, squeezed at last": (
+        lambda m, x, n: (m.one(x) * mask(x)[..., None]).sum(1).squeeze(-1) / (mask(x).sum(1) + 1e-8),
+        replace(KEPT, divisor="count + 1.0e-8", frozen_row=-1),
     ),
     "a count written in place": (
         lambda m, x, n: (m.table(x) * (x > 9)[..., None]).sum(1) / _written(x > 9).sum(1, keepdim=True),
@@ -321,6 +317,7 @@ def test_half_tables_are_pooled_in_float32(dtype, how):
 
 
 REFUSED = {
+    "the rows have one column": lambda m, x, n: (m.one(x).squeeze(-1) * m.scores).sum(1),
     "the looked-up rows are also used by": lambda m, x, n: (e := m.table(x)).sum(1) + e[:, 0],
     "the multiplier differs from column to column": lambda m, x, n: (
         m.table(x) * torch.arange(float(D)).double()
