@@ -46,9 +46,11 @@ _LOGIC: dict[Any, Callable[..., sympy.Basic]] = {
     aten.bitwise_not: sympy.Not,
     aten.logical_and: sympy.And,
     aten.bitwise_and: sympy.And,
+    aten.__and__: sympy.And,
     aten.mul: sympy.And,
     aten.logical_or: sympy.Or,
     aten.bitwise_or: sympy.Or,
+    aten.__or__: sympy.Or,
 }
 
 

@@ -93,6 +93,10 @@ SPELLINGS = {
         ),
         KEPT,
     ),
+    "a mask of several": (
+        lambda m, x, n: (m.table(x) * (~(x == 0) & ((x < 9) | (x > 40)))[..., None]).sum(1),
+        replace(KEPT, keep="Ne(x0, 0) & ((x0 > 40) | (x0 < 9))"),
+    ),
     "two masks": (
         lambda m, x, n: (m.table(x).masked_fill((x == 0)[..., None], 0) * (x < 40)[..., None]).sum(1),
         replace(KEPT, keep="(x0 < 40) & Ne(x0, 0)"),
