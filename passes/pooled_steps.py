@@ -33,7 +33,7 @@ def steps(node: fx.Node) -> Iterator[Step]:
     for rows, what, by, fill in _candidates(node):
         value = _constant(fill)
         tensors = (rows, by) if isinstance(rows, fx.Node) and isinstance(by, fx.Node) else ()
-        if tensors and value is not None and isinstance(by.meta["val"], torch.Tensor):
+        if tensors and value is not None and isinstance(by.meta.get("val"), torch.Tensor):
             yield Step(rows, what, by, value, (fill,) if isinstance(fill, fx.Node) else ())
 
 
@@ -67,7 +67,10 @@ def factor(node: fx.Node) -> sympy.Expr | None:
     number: Any = node.args[1]
     if type(number) not in (int, float) or not math.isfinite(number) or number == 0:
         return None
-    exact = sympy.Integer(int(number)) if number == int(number) else sympy.Float(number)
+    small = (
+        number == int(number) and abs(number) < 1 << 10
+    )  # products of larger ones may overflow in a kernel
+    exact = sympy.Integer(int(number)) if small else sympy.Float(number)
     return 1 / exact if divides else exact
 
 

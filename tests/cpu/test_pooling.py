@@ -143,6 +143,10 @@ SPELLINGS = {
         lambda m, x, n: (m.table(x) * mask(x)[..., None] / 7).sum(1),
         replace(KEPT, divisor="7"),
     ),
+    "rows over a large number": (
+        lambda m, x, n: (m.table(x) * mask(x)[..., None] / 1e20).sum(1),
+        replace(KEPT, divisor="1.00000000000000e+20"),
+    ),
     "mean of scaled rows": (
         lambda m, x, n: (m.table(x) * 0.3 * mask(x)[..., None]).sum(1) / mask(x).sum(1, keepdim=True),
         replace(KEPT, divisor="3.33333333333333*count"),
