@@ -2,7 +2,7 @@
 
 import torch
 
-from recompile.torch_private.generated_code import launches, programs
+from recompile.torch_private.generated_code import _listeners, hear, launches, programs
 
 PROGRAM = """
 async_compile.cpp('not counted')
@@ -27,3 +27,14 @@ def test_the_program_of_a_compilation_is_seen():
     with programs() as made:
         torch.compile(lambda x: x.relu() + 1)(torch.ones(8))
     assert [launches(source) for source in made] == [1]
+
+
+def test_who_begins_to_listen_meanwhile_goes_on():
+    """As a dump does that `explain` opens first."""
+    heard = []
+    with programs():
+        hear(heard.append)
+    torch._dynamo.reset()
+    torch.compile(lambda x: x.relu() + 2)(torch.ones(8))
+    _listeners.remove(heard.append)
+    assert len(heard) == 1
