@@ -81,6 +81,14 @@ class Measured:
     reached: float
 
 
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine reaches: bytes a second in a large copy, operations a second in a large product."""
+
+    bytes: float
+    flops: float
+
+
 @dataclass
 class RegionRecord:
     """A region operator in the final graph, and the user's lines that it computes.
@@ -115,6 +123,7 @@ class GraphRecord:
     """One graph from Dynamo. `fallback` says why plain Inductor compiled it, None if it did not.
 
     `chosen` is the option `passes` that gives the passes that ran, settings and all.
+    `ceilings` are there where a region was measured; they give the least time of any node.
     """
 
     index: int = 0
@@ -125,6 +134,7 @@ class GraphRecord:
     passes: list[PassRecord] = field(default_factory=list)
     regions: list[RegionRecord] = field(default_factory=list)
     fallback: Refusal | None = None
+    ceilings: Ceilings | None = None
 
 
 @dataclass
@@ -167,10 +177,15 @@ class Report:
 
 
 def _graph_record(found: dict[str, Any]) -> GraphRecord:
-    fallback = found["fallback"] and Refusal(**found["fallback"])
-    regions = list(map(_region_record, found["regions"]))
-    passes = [PassRecord(**{**p, "rules": list(map(_rule_record, p["rules"]))}) for p in found["passes"]]
-    return GraphRecord(**{**found, "fallback": fallback, "regions": regions, "passes": passes})
+    parts: dict[str, Any] = {
+        "fallback": found["fallback"] and Refusal(**found["fallback"]),
+        "ceilings": found.get("ceilings") and Ceilings(**found["ceilings"]),
+        "regions": list(map(_region_record, found["regions"])),
+        "passes": [
+            PassRecord(**{**p, "rules": list(map(_rule_record, p["rules"]))}) for p in found["passes"]
+        ],
+    }
+    return GraphRecord(**{**found, **parts})
 
 
 def _region_record(found: dict[str, Any]) -> RegionRecord:
