@@ -121,3 +121,17 @@ def test_what_is_measured_is_in_the_dump(tmp_path):
     assert graph.ceilings.bytes > 1e8 and graph.ceilings.flops > 1e8
     data = re.search(r'id="data">(.*?)</script>', (out / "index.html").read_text(), re.DOTALL)[1]
     assert json.loads(data)["report"] == json.loads(report.to_json())
+
+
+def test_a_trace_shows_kernels_by_the_names_that_a_dump_gives_them(tmp_path):
+    ids, named = torch.randint(0, 20, (6, 3)), {"inductor": {"cpp.enable_kernel_profile": True}}
+    compiled = torch.compile(Towers(), backend="recompile", options=named)
+    with recompile.dump(tmp_path / "out") as out, torch.no_grad():
+        compiled(ids)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            compiled(ids)
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    ranges = {event["name"].split()[-1] for event in events if event["name"].startswith("recompile::lookup")}
+    texts = [file.read_text() for file in (out / "graph-0" / "kernels").glob("lookup_default*.cpp")]
+    assert ranges == {re.search(r"called (\w+) in Inductor", text)[1] for text in texts} and len(ranges) == 2
