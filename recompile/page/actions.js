@@ -72,7 +72,7 @@ const ACTS = {
   collapse: () => setOpen(() => true, false),
   fit: () => Object.values(panes).forEach((pane) => pane.fit()),
   drop: () => change({ node: "", group: "", pair: null }),
-  colour: () => { if (graphNow().measured) change({ byBytes: !state.byBytes }); },
+  colour: () => change({ scale: cycle(["", ...graphNow().scales], scaleNow()) }),
 };
 
 function change(values) {
@@ -153,7 +153,7 @@ const KEYS = [
   ["0", "show all", ACTS.fit],
   ["+", "zoom in", () => zoomAll(1.25)],
   ["-", "zoom out", () => zoomAll(0.8)],
-  ["b", "colours by kind or by bytes", ACTS.colour],
+  ["b", "colours: by kind, by each cost that is known", ACTS.colour],
   ["t", "light or dark", theme],
   ["?", "this help", () => by("help").showModal()],
   ["Escape", "leave the search, drop the selection", leave],

@@ -8,6 +8,7 @@ import threading
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def test_the_folder_has_what_the_documentation_says(folder):
     graph, files = graph_of(folder), {f.name for f in (folder / "graph-0").iterdir()}
     order = [stage["pass"] for stage in graph["stages"]]
     place = order.index("fuse-lookups")
+    assert f"{place:02}-fuse-lookups.py" in (Path(__file__).parents[2] / "docs" / "dump.md").read_text()
     wanted = {"graph.json", "inputs.json", "regions.json", "00-captured.py", f"{place:02}-fuse-lookups.py"}
     assert wanted | {f"{place:02}-fuse-lookups.diff"} <= files
     unchanged = order.index("pool-sequences")
