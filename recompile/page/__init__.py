@@ -23,6 +23,7 @@ _SCRIPTS = (
     "passes",
     "search",
     "app",
+    "walk",
     "actions",
 )
 _HOLE = re.compile(r"/\*(style|script)\*/|\{(data)\}")

@@ -308,6 +308,26 @@ def test_the_panel_tells_what_a_region_costs_beside_what_it_replaced(page):
     assert "9.29 MB → 5.82 MB" in page.panel()
 
 
+def test_arrow_keys_walk_along_the_edges(page):
+    page.open("few", "pass=fuse-lookups&side=after")
+    walked = []
+    for key in (Keys.UP, Keys.DOWN, Keys.DOWN, Keys.DOWN, Keys.UP, Keys.LEFT):
+        page.key(key)
+        walked += page.selected()
+    assert walked == [f"4 {CROSS} ids_*", "lookup", "getitem", "linear", "getitem", "getitem"]
+    assert "node=getitem" in page.address() and "getitem" in page.panel()
+    page.key("d", Keys.UP)  # scrolls the text
+    assert "node=getitem" in page.address()
+    page.open("few", "pass=captured&node=embedding_1")
+    page.key(Keys.RIGHT)
+    assert page.selected() == ["embedding_2"]
+    page.key(Keys.LEFT, Keys.LEFT, Keys.DOWN)
+    assert page.selected() == ["cat"]
+    assert page.js("const { svg } = panes.after; svg.focus(); return document.activeElement === svg")
+    page.key("?")
+    assert "to a box that reads the selected one" in page.find("#help").text
+
+
 def test_kernels_are_listed_with_their_source(page):
     page.open("tables", "pass=2&view=kernels")
     assert page.texts(".files button") == ["lookup.cpp"]
