@@ -40,7 +40,8 @@ def _cost(node: fx.Node) -> dict[str, int]:
     """What the node moves and computes if it runs by itself, for the sizes of the example inputs (see `cost.py`)."""
     like = next((leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)), None)
     amounts = cost(node) if like is not None else Cost()
-    return {"bytes": example_size(amounts.bytes, like), "flops": example_size(amounts.flops, like)}
+    moved, computed = (example_size(each, like) for each in amounts)
+    return {"bytes": moved, "flops": computed} if computed else {"bytes": moved}  # most nodes compute nothing
 
 
 def value_of(node: fx.Node) -> Any:

@@ -123,7 +123,7 @@ class GraphRecord:
     """One graph from Dynamo. `fallback` says why plain Inductor compiled it, None if it did not.
 
     `chosen` is the option `passes` that gives the passes that ran, settings and all.
-    `ceilings` are there where a region was measured; they give the least time of any node.
+    `ceilings` are there where a region was measured; they give a time for the bytes and operations of any node.
     """
 
     index: int = 0

@@ -105,6 +105,11 @@ def test_a_stage_reads_like_the_model(folder):
     assert "cat: f32[5, 16] = aten.cat.default([embedding, embedding_1, embedding_2, embedding_3], 1)" in text
 
 
+def test_nodes_have_their_bytes_and_operations(folder):
+    layers = [node for node in graph_of(folder)["nodes"] if node["target"] == "aten.linear.default"]
+    assert {(node["bytes"], node["flops"]) for node in layers} == {(4 * (80 + 32 + 2 + 10), 2 * 16 * 10)}
+
+
 def test_rewrites_say_what_became_what(folder):
     graph = graph_of(folder)
     (fused,) = rewrites_of(graph, "fuse-lookups")
