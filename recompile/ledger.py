@@ -70,19 +70,18 @@ def _reads(given: Any) -> Iterator[fx.Node]:
 
 
 def _handed_over(before: Any, now: Any, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(old, new) for each argument of a node that a pass has exchanged."""
+    """(old, new) for each argument of a node that a pass has exchanged; all are linked where a list grew or shrank."""
     old, new = tree_leaves(before[node]), tree_leaves(now[node])
-    if len(old) != len(new):
-        return
-    for a, b in zip(old, new, strict=True):
-        if (
-            a is not b
-            and isinstance(a, fx.Node)
-            and isinstance(b, fx.Node)
-            and a not in now
-            and b not in before
-        ):
-            yield a, b
+    if len(old) == len(new):
+        pairs = list(zip(old, new, strict=True))
+    else:
+        gone, made = [a for a in old if _lacks(now, a)], [b for b in new if _lacks(before, b)]
+        pairs = [(a, b) for a in gone for b in made[:1]] + [(a, b) for a in gone[:1] for b in made]
+    yield from ((a, b) for a, b in pairs if _lacks(now, a) and _lacks(before, b))
+
+
+def _lacks(nodes: Any, value: Any) -> bool:
+    return isinstance(value, fx.Node) and value not in nodes
 
 
 def _share(amount: Any, parts: int) -> Any:

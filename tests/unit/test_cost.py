@@ -113,6 +113,23 @@ def test_the_last_of_several_new_nodes_stands_for_what_they_replace():
         assert (ledger.before(first), ledger.before(second)) == (Cost(), replaced)
 
 
+def test_what_a_shorter_list_of_arguments_replaces_counts():
+    gm = capture(lambda x, y: torch.cat([x.exp().sin(), y.exp(), x], 1), X[0], X[1])
+    graph, (x, y) = gm.graph, gm.graph.find_nodes(op="placeholder")
+    ledger = Ledger(graph)
+    (cat,) = graph.find_nodes(op="call_function", target=aten.cat.default)
+    gone = [*cat.args[0][:2], cat.args[0][0].args[0]]
+    replaced = sum(map(cost, gone), Cost())
+    with graph.inserting_before(cat):
+        both = graph.call_function(aten.cat.default, ([x, y], 1))
+        both.meta["val"] = aten.cat.default([x.meta["val"], y.meta["val"]], 1)
+    cat.args = ([both, x], 1)
+    for node in gone:
+        graph.erase_node(node)
+    ledger.after(graph)
+    assert ledger.before(both) == replaced
+
+
 def test_of_dynamic_sizes():
     with torch.no_grad(), recompile.report.collect() as report:
         torch.compile(Tables(), backend="recompile", dynamic=True)(torch.zeros(6, 3, dtype=torch.int64))
