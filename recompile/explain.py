@@ -29,8 +29,8 @@ def explain(
         args, kwargs: what it is called with.
         options: as for `torch.compile(backend="recompile", options=...)`.
         train: compile for training, with autograd; otherwise for inference, under `torch.no_grad()`.
-        profile: run it some more times, and measure each region's forward kernel, on CPUs only (elsewhere it says so); a
-            dump that shows the graphs is written again with it.
+        profile: run it some more times, and measure each region's forward kernel; on CPUs only, elsewhere it says so.
+            A dump that shows the graphs is written again with it.
 
     Raises:
         OptionError, PassOrderError: of `options`.
