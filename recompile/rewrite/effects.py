@@ -73,6 +73,27 @@ def _only_reads(node: fx.Node) -> bool:
     return "unbacked_bindings" in node.meta and op_name(node.target) in _READS
 
 
+def _hides(node: fx.Node) -> bool:
+    """Whether it is unknown what `node` does."""
+    return is_wall(node) and not (
+        isinstance(node.target, OpOverload) or node.target is operator.setitem or _only_reads(node)
+    )
+
+
+def writes_to(node: fx.Node) -> list[Any]:
+    """The arguments that `node` writes to; all nodes among them where it hides what it does."""
+    if updates_statistics(node):
+        given = arguments(node)
+        return [given["running_mean"], given["running_var"]]
+    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+        given = arguments(node)
+        infos = [(arg.name, arg.alias_info) for arg in node.target._schema.arguments]
+        return [given[name] for name, info in infos if info is not None and info.is_write]
+    if node.target is operator.setitem:
+        return [node.args[0]]
+    return list(node.all_input_nodes) if _hides(node) else []
+
+
 def storages(value: Any) -> Iterator[int]:
     """Identities of the memory under a node's value, or under an argument made of nodes."""
     if isinstance(value, fx.Node):
@@ -202,25 +223,11 @@ class Effects:
 
     def _note(self, node: fx.Node) -> None:
         """Remember what `node` does to those after it."""
-        if updates_statistics(node):
-            given = arguments(node)
-            self._write(node, [given["running_mean"], given["running_var"]])
-        elif not is_wall(node):
-            return
-        elif isinstance(node.target, OpOverload):
-            given = arguments(node)
-            infos = [(arg.name, arg.alias_info) for arg in node.target._schema.arguments]
-            self._write(node, [given[name] for name, info in infos if info is not None and info.is_write])
-        elif node.target is operator.setitem:
-            self._write(node, [node.args[0]])
-        elif not _only_reads(node):
+        if _hides(node):
             self.walls.append(node)
             if node.target is _GRAD:
                 self.grad_switches.append(node)
-            self._write(node, node.all_input_nodes)  # for all we know
-
-    def _write(self, node: fx.Node, written: list[Any]) -> None:
-        for storage in storages(written):
+        for storage in storages(writes_to(node)):
             self._writes.setdefault(storage, []).append(self.order[node])
 
 
