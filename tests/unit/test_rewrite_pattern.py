@@ -82,6 +82,26 @@ FITS: dict[str, tuple[Callable[[Ops], Any], Callable[..., Any]]] = {
         lambda op: op.sum(optional(op.relu(op.var("x")), tag="relu"), ...),
         lambda w, i, x: x.sum(1),
     ),
+    "optional, the second argument is left": (
+        lambda op: (lambda x: op.sum(optional(op.sub(op.var("b"), x), x, tag="there"), ...))(
+            op.relu(op.var("x"))
+        ),
+        lambda w, i, x: (x - x.relu()).sum(1),
+    ),
+    "optional, only the second argument is left": (
+        lambda op: (lambda x: op.sum(optional(op.sub(op.var("b"), x), x, tag="there"), ...))(
+            op.relu(op.var("x"))
+        ),
+        lambda w, i, x: x.relu().sum(1),
+    ),
+    "each used once": (
+        lambda op: op.cat(each(op.relu(op.var("x")).used_once()), 1),
+        lambda w, i, x: torch.cat([x.relu(), (x + 1).relu()], 1),
+    ),
+    "each used once, more than once in the list": (
+        lambda op: op.cat(each(op.relu(op.var("x")).used_once()), 1),
+        lambda w, i, x: (lambda r: torch.cat([r, r], 1))(x.relu()),
+    ),
     "the same tensor twice": (lambda op: op.mul(op.var("x"), op.var("x")), lambda w, i, x: x * x),
     "the second way of two": (
         lambda op: op.add(op.mul(op.var("a"), op.const("c")), op.var("a")),
@@ -176,6 +196,11 @@ MISSES: dict[str, tuple[Callable[[Ops], Any], Callable[..., Any], str]] = {
         lambda w, i, x: (lambda s: s.relu() + s.exp())(x.sin()),
         "sin is also used by exp",
     ),
+    "an element used elsewhere": (
+        lambda op: op.cat(each(op.relu(op.var("x")).used_once()), 1),
+        lambda w, i, x: (lambda r: torch.cat([x.relu(), r], 1) + r.exp().sum())((x + 1).relu()),
+        "relu is also used by exp",
+    ),
     "random": (
         lambda op: op.relu(op.sin(op.dropout(op.var("x"), ...))),
         lambda w, i, x: F.dropout(x, 0.5, True).sin().relu(),
@@ -259,6 +284,7 @@ def test_what_is_bound() -> None:
 
     (m,), _ = look(build, lambda w, i, x: F.embedding(i, w, 2).sum(1), W, IDS, X)
     assert (m["pad"], m["how"], m["mask"], m.node("plain").target) == (2, 1, None, aten.embedding.default)
+    assert m.size("pad") == 2
     assert m.dims == {"V": 10, "D": 4, "B": 3, "L": 5} and m.val("table").shape == (10, 4)
     assert m.root.target is aten.sum.dim_IntList and m.graph is m.root.graph
     with pytest.raises(KeyError, match="no 'tabel', only"):
@@ -274,7 +300,10 @@ def test_a_size_is_a_constant() -> None:
         torch.randn(6, 2),
         mode="symbolic",
     )
-    assert isinstance(m["n"].meta["val"], torch.SymInt)
+    assert isinstance(m["n"], fx.Node) and m.size("n") is m["n"].meta["val"]
+    assert isinstance(m.size("n"), torch.SymInt)
+    with pytest.raises(TypeError, match=r"x is .*, not a number"):
+        m.size("x")
 
 
 def test_dynamic_sizes_are_compared_without_guards() -> None:
