@@ -38,15 +38,16 @@ def updates_statistics(node: fx.Node) -> bool:
     return bool(given[_STATISTICS[op_name(node.target)]]) and given["running_mean"] is not None
 
 
-_harmless: dict[Any, bool] = {}
+_harmless: dict[int, tuple[Any, bool]] = {}  # by identity, since an operator's own hash is slow
 
 
 def _is_harmless(node: fx.Node) -> bool:
     """Whether all calls of an ATen operator are pure, known from its schema: a short cut for most nodes."""
-    if node.target not in _harmless:
+    known = _harmless.get(id(node.target))
+    if known is None:
         fixed = is_wall(node) or is_random(node) or op_name(node.target) in _STATISTICS
-        _harmless[node.target] = not fixed
-    return _harmless[node.target]
+        known = _harmless[id(node.target)] = node.target, not fixed
+    return known[1]
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -97,8 +98,8 @@ def writes_to(node: fx.Node) -> list[Any]:
 def storages(value: Any) -> Iterator[int]:
     """Identities of the memory under a node's value, or under an argument made of nodes."""
     if isinstance(value, fx.Node):
-        yield from storages(value.meta.get("val"))
-    elif isinstance(value, torch.Tensor):
+        value = value.meta.get("val")
+    if isinstance(value, torch.Tensor):
         if value.layout is torch.strided:
             yield value.untyped_storage()._cdata
         elif value.is_nested:
@@ -160,6 +161,8 @@ class Effects:
 
     def between(self, node: fx.Node, other: fx.Node) -> fx.Node | None:
         """The wall that keeps `node` from being computed where `other` stands, or None."""
+        if not self._writes and self.region[node] == self.region[other]:
+            return None
         low, high = sorted((node, other), key=self.order.__getitem__)
         if self.region[low] != self.region[high]:
             return self.walls[self.region[low]]
