@@ -170,7 +170,7 @@ class Clumsy(Pass):
 
 def test_a_pass_that_raises_is_undone(monkeypatch):
     monkeypatch.setitem(registry._known, "clumsy", Clumsy)
-    report = assert_same(Tower(), [ids()], train=True)
+    report = assert_same(Tower(), [ids()], train=True, options={"strict": False})
     (graph,) = report.graphs
     assert [p.error for p in graph.passes if p.error] == ["ValueError: oops"]
     assert len(graph.regions) == 1 and graph.fallback is None
@@ -180,6 +180,8 @@ def test_a_pass_that_raises_is_an_error_under_strict(monkeypatch):
     monkeypatch.setitem(registry._known, "clumsy", Clumsy)
     with pytest.raises(Exception, match="StrictError: pass clumsy failed"):
         torch.compile(Tower(), backend="recompile", options={"strict": True})(ids())
+    with pytest.raises(Exception, match="StrictError: pass clumsy failed"):
+        assert_same(Tower(), [ids()])
 
 
 def test_inductors_own_errors_pass_through(monkeypatch):
