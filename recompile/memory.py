@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from .rewrite.effects import storages, writes_to
+from .rewrite.effects import is_pure, storages, writes_to
 
 _INPUTS = ("placeholder", "get_attr")
 Owner = tuple[fx.Node, int]  # the node that had a memory first, and the memory's identity there
@@ -35,7 +35,7 @@ class Memory:
         self.writers: dict[str, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
             self._owners[node] = self._owners_of(node)
-            if node.op not in _INPUTS:
+            if not is_pure(node):
                 self._note_writes(node)
         # For each output, the inputs and the earlier outputs that it shares memory with.
         self.shared = self._shared(graph.output_node())
@@ -48,7 +48,9 @@ class Memory:
         mine = set(storages(node))
         if node.op in _INPUTS:
             return {s: self._inputs.setdefault(s, (node, s)) for s in mine}
-        given = {s: owner for arg in node.all_input_nodes for s, owner in self._owners[arg].items()}
+        given: dict[int, Owner] = {}
+        for arg in node.all_input_nodes:
+            given.update(self._owners[arg])
         if given and mine.isdisjoint(given) and self._is_stale_view(node):
             return dict.fromkeys(mine, next(iter(given.values())))
         return {s: given.get(s, (node, s)) for s in mine}
