@@ -38,7 +38,8 @@ def updates_statistics(node: fx.Node) -> bool:
     return bool(given[_STATISTICS[op_name(node.target)]]) and given["running_mean"] is not None
 
 
-_harmless: dict[int, tuple[Any, bool]] = {}  # by identity, since an operator's own hash is slow
+# By identity, since an operator's own hash is slow; the operator is kept, so that nothing else gets its identity.
+_harmless: dict[int, tuple[Any, bool]] = {}
 
 
 def _is_harmless(node: fx.Node) -> bool:
