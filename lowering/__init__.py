@@ -16,7 +16,7 @@ from recompile.wording import plural
 
 
 def describe(node: fx.Node) -> str:
-    """One line about a region: `26 bags over 26 tables -> concat, sum`."""
+    """One line about a region: `26 lookups over 26 tables -> concat, sum`."""
     family = _family(str(node.target))
     own = {"lookup": _lookup, "attention": _attention}
     return own[family](node) if family in own else regions[family].describe(node)
@@ -49,7 +49,10 @@ def _family(operator: str) -> str:
 def _lookup(node: fx.Node) -> str:
     spec = Lookup.parse(str(node.args[2]))
     outputs = ", ".join(out.kind for out in spec.outputs)
-    return f"{plural(len(spec.bags), 'bag')} over {plural(len(spec.tables), 'table')} -> {outputs}"
+    single = sum(bag.pooling == "none" for bag in spec.bags)
+    counts = (single, "lookup"), (len(spec.bags) - single, "bag")
+    found = " and ".join(plural(n, word) for n, word in counts if n)
+    return f"{found} over {plural(len(spec.tables), 'table')} -> {outputs}"
 
 
 def _attention(node: fx.Node) -> str:
@@ -60,7 +63,7 @@ def _attention(node: fx.Node) -> str:
         f"{'softmax' if spec.softmax else 'pointwise'} attention, q {q}, k {k}, v {v}",
         f"score = {spec.kept or spec.score}",
         f"where {spec.keep}, else skipped" if spec.keep != "true" else "",
-        f"weights times {spec.weight}" if spec.weight else "",
+        f"attention weights times {spec.weight}" if spec.weight else "",
         f"with {', '.join(loaded)}" if loaded else "",
     ]
     return "; ".join(line for line in lines if line)

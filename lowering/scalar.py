@@ -1,7 +1,7 @@
 """Scalar code is sympy: what happens to one id, one row or one bag inside a generated kernel.
 
 An expression is kept as text in a region's spec (`"Ne(x0, 0) & (l < x1)"`), parsed once, and printed for the
-language at hand: PyTorch (the reference), C++ or Triton. Beyond sympy's own arithmetic and comparisons there are
+language at hand: PyTorch (the reference), C++ or Triton. Beyond sympy's own arithmetic, roots and comparisons are
 `Mod` with Python's sign rule (that of `torch.remainder`), `floordiv(a, b)` of integers for b > 0, `where(c, a, b)`,
 `trunc` (a float id cast to an integer, as `.long()` does), and the symbols that the region defines (`x0`, `l`,
 `count`, ...).
@@ -58,8 +58,10 @@ OPERATORS = {
 
 _KNOWN = {
     name: getattr(sympy, name)
-    for name in ("Eq", "Ne", "And", "Or", "Not", "Max", "Min", "Mod", "Integer", "Float", "true", "false")
-} | {"trunc": trunc, "floordiv": floordiv, "where": where}
+    for name in (
+        "Eq", "Ne", "And", "Or", "Not", "Max", "Min", "Mod", "Integer", "Float", "sqrt", "true", "false",
+    )
+} | {"trunc": trunc, "floordiv": floordiv, "where": where}  # fmt: skip
 
 
 @functools.cache
@@ -103,7 +105,7 @@ WORDS = (  # what a printer knows
 
 def _reject_unknown(expr: sympy.Basic) -> None:
     for part in sympy.preorder_traversal(expr):
-        if isinstance(part, sympy.Pow) and part.exp == -1:
+        if isinstance(part, sympy.Pow) and part.exp in (-1, sympy.S.Half):
             continue
         if not isinstance(part, WORDS):
             raise ValueError(f"{part} ({type(part).__name__}) is not part of the scalar language")
@@ -147,7 +149,7 @@ def _apply(expr: sympy.Basic, args: Sequence[object]) -> torch.Tensor:
         condition, a, b = map(_tensor, args)
         return torch.where(condition, a, b)
     if isinstance(expr, sympy.Pow):
-        return torch.reciprocal(_tensor(args[0]))
+        return (torch.sqrt if expr.exp == sympy.S.Half else torch.reciprocal)(_tensor(args[0]))
     op = binary[expr.func]
     first, *rest = sorted(args, key=lambda a: not isinstance(a, torch.Tensor)) if _commutes(expr) else args
     value = _tensor(first)
@@ -191,6 +193,7 @@ _CPP = {
     "trunc": "static_cast<int64_t>({0})",
     "floordiv": "recompile_floordiv({0}, {1})",
     "where": "({0} ? int64_t({1}) : int64_t({2}))",
+    "sqrt": "std::sqrt({0})",
     "true": "true",
     "false": "false",
 }
@@ -204,6 +207,7 @@ _TRITON = {
     "trunc": "({0}).to(tl.int64)",
     "floordiv": "((({0}) - ((({0}) % {1} + {1}) % {1})) // {1})",
     "where": "tl.where({0}, {1}, {2}).to(tl.int64)",
+    "sqrt": "tl.sqrt({0})",
     "true": "True",
     "false": "False",
 }
@@ -227,6 +231,6 @@ def _print(expr: sympy.Basic, words: Mapping[str, str]) -> str:
         form = words["max" if isinstance(expr, sympy.Max) else "min"]
         return functools.reduce(lambda a, b: form.format(a, b), args)
     if isinstance(expr, sympy.Pow):
-        return f"(1.0 / {args[0]})"
+        return words["sqrt"].format(*args) if expr.exp == sympy.S.Half else f"(1.0 / {args[0]})"
     name = {sympy.Mod: "mod", Not: "not"}.get(expr.func) or expr.func.__name__
     return words[name].format(*args)

@@ -123,6 +123,8 @@ class Elements(ABC):
         if view is not None:
             self.covered[node] = None
             return self.element(*view)
+        if self._is_wider(node):
+            raise Refuse(f"{node.name} is of float64, and the scores are not", node)
         try:
             expr = self._inlined(node, axes)
         except Refuse:  # it is loaded as it is
@@ -132,6 +134,11 @@ class Elements(ABC):
         if not is_filled(node) or any(n in self.path for n in node.all_input_nodes):
             self.covered[node] = None
         return expr
+
+    def _is_wider(self, node: fx.Node) -> bool:
+        """Whether kernels would round `node` to compute with it, as times whose differences matter."""
+        dtype = node.meta["val"].dtype
+        return dtype is torch.float64 and dtype is not self.weights.meta["val"].dtype and len(shape(node)) > 0
 
     def _is_worth(self, node: fx.Node, axes: Axes, expr: sympy.Basic) -> bool:
         held = {atom for axis in axes for atom in axis}

@@ -36,7 +36,7 @@ class Second:
         """An atom is several axes: everywhere."""
         if atom not in self.batch:
             raise Refuse(
-                "queries, keys or features are taken apart between the contractions", self.found.node
+                "a reshape between the two products splits queries, keys or features", self.found.node
             )
         parts = [f"{atom}_{k}" for k in range(len(sizes))]
         self.sizes.update(zip(parts, sizes, strict=True))

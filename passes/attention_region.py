@@ -108,7 +108,7 @@ class Region(Elements):
 
     def _product(self, found: Contraction, axes: Axes) -> sympy.Basic:
         if self.product is not None and (self.product.node, self.product_axes) != (found.node, axes):
-            raise Refuse("the weights are made of two products", found.node)
+            raise Refuse("the attention weights are made of two products", found.node)
         if ("j",) not in axes:
             raise Refuse("the product has no dim of keys of its own", found.node)
         self.product, self.product_axes = found, axes
@@ -122,7 +122,7 @@ class Region(Elements):
         if axes[dim] == ("i",):
             raise Refuse("softmax runs over the query axis", node)
         if axes[dim] != ("j",):
-            raise Refuse("softmax does not run over the keys", node)
+            raise Refuse(f"softmax runs over dim {dim}, not over the keys", node)
         return self._normalized(node, self.element(node.args[0], axes))  # type: ignore[arg-type]
 
     def _normalized(self, node: fx.Node, score: sympy.Basic) -> sympy.Basic:
@@ -149,8 +149,8 @@ class Region(Elements):
             return self._totalled(node, self._over_keys(node, axes), TOTAL)
         if node.target in LOG_SOFTMAX:
             score = self.element(node.args[0], axes)  # type: ignore[arg-type]
-            if axes[arguments(node)["dim"]] != ("j",):
-                raise Refuse("softmax does not run over the keys", node)
+            if axes[dim := arguments(node)["dim"]] != ("j",):
+                raise Refuse(f"softmax runs over dim {dim}, not over the keys", node)
             return self._totalled(node, score, score - TOTAL)
         if node.target is not aten.exp.default:
             return None

@@ -41,7 +41,7 @@ def logarithm(expr: sympy.Basic, node: fx.Node) -> sympy.Basic:
     if isinstance(expr, where) and expr.args[2] == 0:
         return where(expr.args[0], logarithm(expr.args[1], node), -sympy.oo)
     if not isinstance(expr, sympy.exp):
-        raise Refuse("weights are divided by their sum, and are no exponentials", node)
+        raise Refuse("attention weights are divided by their sum, and are no exponentials", node)
     return expr.args[0]
 
 

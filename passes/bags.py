@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from recompile.graph.nodes import adds_in_any_order
 from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, op
 from recompile.rewrite import Refuse, arguments
@@ -79,8 +80,8 @@ def _dtype(node: fx.Node) -> torch.dtype:
     return dtype
 
 
-def check_table(node: fx.Node, table: fx.Node) -> None:
-    """Checks the table that `node` looks up.
+def check_table(node: fx.Node, table: fx.Node) -> fx.Node:
+    """The table that `node` looks up, checked.
 
     Raises:
         Refuse: no kernel of ours reads it, or makes the gradient that it asks for, or it is not worth writing out.
@@ -99,6 +100,9 @@ def check_table(node: fx.Node, table: fx.Node) -> None:
         raise Refuse("scale_grad_by_freq changes the gradient in a way no kernel of ours computes", node)
     if given.get("sparse") and val.requires_grad and torch.is_grad_enabled():
         raise Refuse("sparse=True asks for sparse gradients, which eager must make", node)
+    if val.requires_grad and (why := adds_in_any_order(table)):
+        raise Refuse(why, node)
+    return table
 
 
 def _is_read_by_rows(table: fx.Node) -> bool:

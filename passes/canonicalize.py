@@ -67,7 +67,7 @@ def _respell(node: fx.Node, effects: Effects, ctx: Context) -> list[fx.Node]:
             replace((node,), new, builder)
         except Refuse as refusal:
             builder.discard()
-            ctx.refuse(_name(spelling), refusal.why, node)
+            ctx.refuse(_name(spelling), refusal.why, refusal.at or node)
             continue
         ctx.fired(_name(spelling))
         node.graph.erase_node(node)

@@ -39,15 +39,15 @@ class CommonSubexpressions(Pass):
             if first is node:
                 continue
             ctx.tried(self.name())
-            if effects.between(first, node) is not None:
-                known[key] = node
-                continue
             try:
+                if (wall := effects.between(first, node)) is not None:
+                    known[key] = node
+                    raise Refuse(f"{wall.name} stands between {first.name} and {node.name}", wall)
                 if why := effects.why_not_alias(node, first):
                     raise Refuse(why, node)
                 ctx.begin(self.name(), node)
             except Refuse as refusal:
-                ctx.refuse(self.name(), refusal.why, node)
+                ctx.refuse(self.name(), refusal.why, refusal.at or node)
                 continue
             node.replace_all_uses_with(first)
             graph.erase_node(node)

@@ -28,8 +28,8 @@ class DeadCode(Pass):
         for node in reversed(graph.nodes):
             if node.users or node.op in ("placeholder", "output"):
                 continue
-            ctx.tried(self.name())
             if not is_pure(node) or "unbacked_bindings" in node.meta:
                 continue  # the latter names a size that others use without an edge
+            ctx.tried(self.name())
             graph.erase_node(node)
             ctx.fired(self.name())

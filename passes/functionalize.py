@@ -111,9 +111,9 @@ class _Family:
             self._check_write(node)
         for node in sorted(self.members):
             if is_wall(node) or not (node.target is operator.getitem or isinstance(node.target, OpOverload)):
-                raise Refuse(f"{node.name} shares this memory, and may do more than that", node)
+                raise Refuse(f"{node.name} shares the written memory, and may have other effects", node)
             if node is not self.owner and not self._is_kin(_parent(node)):
-                raise Refuse(f"{node.name} shares this memory, and is no view of it", node)
+                raise Refuse(f"{node.name} shares the written memory, and is no view of it", node)
         returned = [n for n in self.owner.graph.output_node().all_input_nodes if self._is_kin(n)]
         if len(returned) > 1:
             raise Refuse(f"{returned[0].name} and {returned[1].name} are outputs that share memory", node)
@@ -146,7 +146,7 @@ class _Family:
             value = _put_back(place, value, self._value(parent), shape(parent), build)
             place = parent
         if not _lie_alike(value, self.owner):
-            raise Refuse(f"{value.name} would lie in memory otherwise than {self.owner.name}", node)
+            raise Refuse(f"{value.name} would not have the shape and strides of {self.owner.name}", node)
         self.now = {self.owner: value}
         if target is not self.owner and new.target is not aten.expand.default and _lie_alike(new, target):
             self.now[target] = new
@@ -229,4 +229,7 @@ def _put_back(view: fx.Node, value: fx.Node, into: fx.Node, sizes: Any, build: B
         return build.call(view.target, value, *view.args[1:])
     if packet in _RESHAPES:
         return build.call(aten.reshape.default, value, list(sizes))
-    raise Refuse(f"a write into a view by {op_name(view.target)} stays", view)
+    raise Refuse(
+        f"a write through {op_name(view.target)} stays in place: no operator gives its result as a new tensor",
+        view,
+    )

@@ -1,6 +1,7 @@
 """The divisor of a pooled sum: the number of kept positions, or of rows that are not all zeros, plus what is added.
 
 sum(e * m, 1) / (m.sum(1, keepdim=True) + 1e-16)      divisor  count + 1.0e-16
+sum(e * m, 1) / m.sum(1, keepdim=True).sqrt()         divisor  sqrt(count)
 sum(e, 1) / (e.sum(-1) != 0).sum(1).clamp(min=1)      divisor  Max(1, count), counting rows that are not zeros
 """
 
@@ -19,51 +20,68 @@ from recompile.rewrite import Refuse, arguments, same
 
 from .ids import CASTS
 from .pooled_rows import Pooled
-from .positions import Axes, Reader, before_view
+from .positions import Axes, Reader, after_view, before_view
 
 aten = torch.ops.aten
-_SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.reshape.default)
 _SUMS = (aten.sum.dim_IntList, aten.count_nonzero.dim_IntList)
 
 
-def absorb_division(pooled: Pooled, keep: sympy.Basic, reader: Reader) -> None:
-    """Where the sum's only user divides it by the number of kept positions, that is the root."""
+@dataclass(frozen=True)
+class Division:
+    """`root`, with its `axes`, divides what is pooled by `divisor`; what is `inside` is gone once that is a bag."""
+
+    root: fx.Node
+    axes: Axes
+    divisor: sympy.Basic
+    count: str = ""
+    inside: tuple[fx.Node, ...] = ()
+
+
+def find_division(pooled: Pooled, lookup: fx.Node, keep: sympy.Basic, reader: Reader) -> Division | None:
+    """What divides the sum, as its only user, by the number of kept positions of its part `lookup`."""
     path, total, axes = [], pooled.root, pooled.axes
     while len(total.users) == 1:
         (user,) = total.users
         path.append(total)
         if user.op != "call_function":
-            return
+            return None
         if user.target is aten.div.Tensor and user.args[0] is total and isinstance(user.args[1], fx.Node):
             break
-        view = before_view(user, tuple(str(k) for k in range(user.meta["val"].dim())))
-        if user.target not in _SQUEEZES or view is None:
-            return
-        at = dict(zip(view[1], axes, strict=True))  # a dim of `user` -> its axis
-        total, axes = user, tuple(at.get(str(k), "") for k in range(user.meta["val"].dim()))
+        after = after_view(user, axes)
+        if after is None:
+            return None
+        total, axes = user, after
     else:
-        return
-    divisor = user.args[1]
-    count = _Count(pooled, keep, reader)
-    expr = count.read(divisor, axes[len(axes) - divisor.meta["val"].dim() :])
-    if expr is None or not same(user.meta["val"].shape, total.meta["val"].shape):
-        return
-    pooled.divisor, pooled.count = expr, "nonzero" if count.nonzero else ""
-    pooled.inside += [*path, *(count.inside if count.nonzero else [])]
-    pooled.root, pooled.axes = user, axes
+        return None
+    divisor, value = user.args[1], user.args[1].meta["val"]
+    result, summed = user.meta["val"], total.meta["val"]
+    if (
+        not isinstance(value, torch.Tensor)
+        or not same(result.shape, summed.shape)
+        or result.dtype != summed.dtype
+    ):
+        return None
+    count = _Count(lookup, keep, reader)
+    expr = count.read(divisor, axes[len(axes) - value.dim() :])
+    if expr is None:
+        return None
+    inside = (*path, *(count.inside if count.nonzero else []))
+    return Division(user, axes, expr, "nonzero" if count.nonzero else "", inside)
 
 
 @dataclass
 class _Count:
     """Reads a divisor as an expression of the number of kept positions, or of rows that are not all zeros."""
 
-    pooled: Pooled
+    lookup: fx.Node
     keep: sympy.Basic
     reader: Reader
     nonzero: bool = False
     inside: list[fx.Node] = field(default_factory=list)
 
     def read(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
+        if self.reader.builder.effects.is_written(node):
+            return None
         view = before_view(node, axes)
         if view is not None:
             return self._through(node, *view)
@@ -77,6 +95,9 @@ class _Count:
             inner = self._through(node, node.args[0], axes)
             known = inner is not None and isinstance(given["min"], int | float)
             return sympy.Max(inner, given["min"]) if known else None
+        if node.target is aten.sqrt.default or _is_root(node):
+            inner = self._through(node, node.args[0], axes)
+            return None if inner is None else sympy.sqrt(inner)
         dims = given.get("dim")
         if node.target in _SUMS and isinstance(dims, list) and len(dims) == 1:
             spread = (*axes[: dims[0]], "l", *axes[dims[0] + int(given.get("keepdim", False)) :])
@@ -113,6 +134,10 @@ class _Count:
         self.inside += [node, total]
         return (
             total.target is aten.sum.dim_IntList
-            and total.args[0] is self.pooled.rows.lookup
+            and total.args[0] is self.lookup
             and arguments(total)["dim"] == [total.args[0].meta["val"].dim() - 1]
         )
+
+
+def _is_root(node: fx.Node) -> bool:
+    return node.target is aten.pow.Tensor_Scalar and bool(node.args[1] == 0.5)

@@ -24,15 +24,25 @@ from .ids import CASTS, COMPARE, id_step, ids_of
 aten = torch.ops.aten
 Axes = tuple[str, ...]
 _BROADCAST: tuple[Axes, ...] = (("b0",), ("b0", ""), ("", "l"), ("", ""))  # what a kernel reads as [B, L]
+_VIEWS = (
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.reshape.default,
+    aten.permute.default,
+)
 # On truths, which multiplication joins as `and` does.
 _LOGIC: dict[Any, Callable[..., sympy.Basic]] = {
     aten.logical_not: sympy.Not,
     aten.bitwise_not: sympy.Not,
     aten.logical_and: sympy.And,
     aten.bitwise_and: sympy.And,
+    aten.__and__: sympy.And,
     aten.mul: sympy.And,
     aten.logical_or: sympy.Or,
     aten.bitwise_or: sympy.Or,
+    aten.__or__: sympy.Or,
 }
 
 
@@ -52,6 +62,18 @@ def before_view(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
     if packet in (aten.reshape, aten.squeeze):
         return _before_reshape(source, old, new, axes)
     return None
+
+
+def after_view(node: fx.Node, axes: Axes) -> Axes | None:
+    """The axes of `node`, a view of what has `axes` that permutes dims or adds and drops some of size 1."""
+    if node.target not in _VIEWS:
+        return None
+    names = tuple(str(k) for k in range(len(_shape(node))))
+    view = before_view(node, names)
+    if view is None:
+        return None
+    at = dict(zip(view[1], axes, strict=True))  # a dim of `node` -> its axis
+    return tuple(at.get(name, "") for name in names)
 
 
 def _before_repeat(source: fx.Node, old: Any, new: Any, axes: Axes) -> tuple[fx.Node, Axes] | None:
@@ -81,15 +103,18 @@ class Reader:
     """
 
     def __init__(self, builder: Builder, samples: Axes, sizes: Sequence[Any]) -> None:
-        self.builder, self.wanted, self.sizes = builder, (*samples, "l"), list(sizes)
+        self.builder, self.samples = builder, samples
+        self.wanted, self.sizes = (*samples, "l"), list(sizes)
         self._loads: dict[tuple[fx.Node, Axes], sympy.Symbol] = {}
 
     def element(self, node: fx.Node, axes: Axes) -> sympy.Basic:
         """The element of `node`: a truth for booleans, and for numbers that are 1 and 0 for true and false.
 
         Raises:
-            Refuse: it is another for each column.
+            Refuse: it is another for each column, or written in place.
         """
+        if self.builder.effects.is_written(node):
+            raise Refuse(f"{node.name}, which the lookup reads, is written in place", node)
         found = self._computed(node, axes)
         if found is not None:
             return found
@@ -116,6 +141,9 @@ class Reader:
             return self._joined(sympy.Not, node, [operand], axes)
         if node.target in CASTS:
             found = self.element(node.args[0], axes)  # type: ignore[arg-type]
+            numbers = not (scalar.is_truth(found) or _val(node.args[0]).is_complex())
+            if _val(node).dtype is torch.bool and numbers:
+                return sympy.Ne(found, 0)
             if scalar.is_truth(found) or _keeps_numbers(_val(node.args[0]).dtype, _val(node).dtype):
                 return found
         step = id_step(node)
@@ -150,9 +178,13 @@ class Reader:
                 sides.append(sympy.Integer(int(x)) if x.is_integer() else sympy.Float(x))
             else:
                 return None  # eager rounds this number, the kernel would not
-        if any(map(scalar.is_truth, sides)):
+        compare = COMPARE[node.target.overloadpacket]  # type: ignore[union-attr]
+        if not any(map(scalar.is_truth, sides)):
+            return compare(*sides)
+        truth, number = sides
+        if not number.is_number or (holds := compare(sympy.S.One, number)) == compare(sympy.S.Zero, number):
             return None
-        return COMPARE[node.target.overloadpacket](*sides)  # type: ignore[union-attr]
+        return truth if holds == sympy.true else sympy.Not(truth)
 
     def loaded(self, node: fx.Node, axes: Axes) -> sympy.Symbol:
         """A load of `node`, whatever it is computed from.

@@ -25,6 +25,7 @@ import sympy
 import torch
 from torch import fx
 
+from recompile.graph.nodes import adds_in_any_order
 from recompile.graph.order import erase
 from recompile.lowering import scalar
 from recompile.lowering.attention import Attention
@@ -153,7 +154,7 @@ class _Attempt:
         self.second, self.effects, self.rule, self.sums = second, effects, rule, sums
         self.region = Region(second.weights, second.sizes, regions, as_eager)
         if len(self.region.products) > 1:
-            raise Refuse("the weights are made of two products", self.region.products[0])
+            raise Refuse("the attention weights are made of two products", self.region.products[0])
         self.root = second.found.node
         if self._is_layer():
             raise Refuse(_LAYER, self.root)
@@ -208,7 +209,7 @@ class _Attempt:
         """q, k and v, as far up as they are views or copies."""
         product, axes = self.region.product, self.region.product_axes
         if product is None:
-            raise Refuse("the weights are made of no product of queries and keys", self.root)
+            raise Refuse("the attention weights are made of no product of queries and keys", self.root)
         of = dict(zip(product.letters[2], axes, strict=True)) | {product.summed: ("d",)}
         nodes = zip((product.left, product.right), product.letters, strict=False)
         sides = [(node, tuple(of.get(x, ()) for x in letters)) for node, letters in nodes]
@@ -229,7 +230,7 @@ class _Attempt:
 
     def _check(self) -> None:
         """Raises Refuse where the region must be left as it is."""
-        region, values = self.region, (self.q[0], self.k[0], self.v[0])
+        region = self.region
         for node in (*(n for n in region.covered if n in region.path), self.root):
             if self.effects.is_written(node):
                 raise Refuse("the scores are written in place", node)
@@ -246,20 +247,45 @@ class _Attempt:
             raise Refuse(_LAYER, self.root)
         if {*atoms(self.v[1])}.difference(atoms(self.q[1]), atoms(self.k[1]), self.loaded, "je"):
             raise Refuse(
-                "the weights are the same for all samples, or heads: they are computed once", self.root
+                "the attention weights are the same for all samples, or heads: they are computed once",
+                self.root,
             )
         if not self.softmax and sympy.diff(self.score, S).is_number:
             raise Refuse("the scores are used as they are: it is a chain of products", self.root)
         if not _is_many(self.second.sizes["j"]):
             raise Refuse("there is one key at most", self.root)
-        for node in (*region.covered, *values, *(n for n, _ in region.loads.values())):
-            wall = self.effects.between(node, self.root) if node in self.effects.order else None
+        for name, (node, _) in region.loads.items():
+            if name[0] in "xT" and (why := adds_in_any_order(node)):
+                raise Refuse(why, node)
+        for node, wall in self._walls(self.root):
+            raise Refuse(f"{wall.name} stands between {node.name} and {self.root.name}", node)
+
+    def _walls(self, place: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """What keeps the region from being computed at `place`: a node, and the wall or write behind it.
+
+        What is read there must not be written before. What is computed there must be so in the grad mode that it was
+        in, unless gradients have no way through it, as through a mask.
+        """
+        if (wall := self.effects.between(self.root, place)) is not None:
+            yield self.root, wall
+        free: set[fx.Node] = set()
+        for node in sorted(self.region.covered):
+            if not _is_real(node) or not any(n not in free and _is_real(n) for n in node.all_input_nodes):
+                free.add(node)
+        loads = (node for node, _ in self.region.loads.values())
+        for node in (*self.region.covered, self.q[0], self.k[0], self.v[0], *loads):
+            if node not in self.effects.order:
+                continue
+            computed = node in self.region.covered and node not in free
+            wall = (self.effects.between if computed else self.effects.overwritten)(node, place)
             if wall is not None:
-                raise Refuse(f"{wall.name} stands between {node.name} and {self.root.name}", node)
+                yield node, wall
 
     def replace(self) -> None:
         """Puts the op in."""
         target, axes = delivered(self.root, self.second.axes[2])
+        if any(self._walls(target)):
+            target, axes = self.root, self.second.axes[2]
         lies = layout(target.meta["val"]) or tuple(range(len(axes)))
         axes = tuple(axes[k] for k in lies)
         op = op_for(self.root.meta["val"].device.type)
@@ -375,6 +401,11 @@ def _renamed(expr: sympy.Basic, names: dict[str, str]) -> sympy.Basic:
     symbols = {scalar.symbol(old): scalar.symbol(new) for old, new in names.items()}
     expr = expr.xreplace(symbols)
     return expr.replace(is_table, lambda t: table(names[type(t).__name__])(*t.args))
+
+
+def _is_real(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _is_many(size: Any) -> bool:

@@ -42,7 +42,7 @@ class ScaleQueries(Rule):
 
     def check(self, m: Match) -> None:
         if len(m.root.users) < 2:
-            raise Refuse("the weights are used once: Inductor's own attention may fit")
+            raise Refuse("the attention weights are used once: Inductor's own attention may fit")
         dtypes = {m.val(name).dtype for name in ("q", "k", "scores")}
         if len(dtypes) > 1 or not dtypes <= {*_DTYPES}:
             raise Refuse(f"queries, keys and scores are of {', '.join(sorted(map(str, dtypes)))}")

@@ -154,7 +154,9 @@ def give_up(record: GraphRecord, error: Exception, strict: bool) -> None:
     log.debug("%s", "".join(traceback.format_exception(error)))
     own = fault(error)
     why = (
-        "; ".join(str(own).split("\n  ")) if own else f"of an internal error, {type(error).__name__}: {error}"
+        "; ".join(str(own).split("\n  "))
+        if own
+        else f"recompile has an internal error, {type(error).__name__}: {error}"
     )
     record.fallback, record.nodes_after, record.regions = Refusal(why), record.nodes_before, []
     _fall_back(record.fallback, strict)
@@ -171,7 +173,9 @@ def _fall_back(reason: Refusal, strict: bool) -> None:
     if reason.why not in _warned:
         _warned.add(reason.why)
         where = f" ({reason.line})" if reason.line else ""
-        warnings.warn(f"recompile: plain Inductor compiles a graph: {reason.why}{where}", stacklevel=2)
+        warnings.warn(
+            f"recompile: plain Inductor compiles a graph, because {reason.why}{where}", stacklevel=2
+        )
 
 
 def _naming_bad_ids(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from . import compare
 from .errors import RecompileError
 from .explain import compiling
+from .report import PassRecord
 from .rewrite.limit import Rewrite, made
 from .wording import plural
 
@@ -24,6 +25,7 @@ class Found:
 
     `rewrite` is the first one that changes the numbers, the `number`-th of `rewrites`; None if none does. `error` and
     `before` are the largest differences to eager with and without it, relative to the largest magnitude in a tensor.
+    `unseen` says what was not searched, "" if nothing.
     """
 
     rewrite: Rewrite | None
@@ -31,11 +33,13 @@ class Found:
     rewrites: int
     error: float
     before: float
+    unseen: str = ""
 
     def __str__(self) -> str:
         if self.rewrite is None:
             whole = f"None of {plural(self.rewrites, 'rewrite')} changes the numbers"
-            return f"{whole if self.rewrites else 'Nothing was rewritten'}: the error is {self.error:.0e}."
+            unseen = f"\n  {self.unseen}" if self.unseen else ""
+            return f"{whole if self.rewrites else 'Nothing was rewritten'}: the error is {self.error:.0e}.{unseen}"
         without = f"{self.before:.0e}" if self.before else "none"
         line = f"\n  at {self.rewrite.line}" if self.rewrite.line else ""
         return (
@@ -67,14 +71,15 @@ def bisect(
     good, bad, at_bad = 0, *trial.rewrites()
     total = bad
     if not at_bad > tolerance:
-        return Found(None, 0, total, at_bad, at_bad)
+        return Found(None, 0, total, at_bad, at_bad, trial.unseen())
     at_good = trial.error(0)
     if at_good > tolerance:
         raise RecompileError(
             "the model differs from eager without any rewrite",
             expected=f"an error of at most {tolerance:.0e}",
             got=f"{at_good:.0e}",
-            try_='torch.compile(backend="inductor") on the same inputs, or a larger tolerance',
+            try_='torch.compile(backend="inductor") on the same inputs, or a larger tolerance'
+            + trial.uncounted(),
         )
     while bad - good > 1:
         middle = (good + bad) // 2
@@ -107,7 +112,28 @@ class _Trial:
         """The error with the first `limit` rewrites."""
         made.clear()
         torch._dynamo.reset()
-        with compiling({**self.options, "rewrite_limit": limit}) as (_, backend):
+        with compiling({**self.options, "rewrite_limit": limit}) as (self.report, backend):
             compiled = torch.compile(self.model, backend=backend)
             found = compare.run(compiled, self.model, self.args, grad=self.train)
         return compare.error(found, self.expected)
+
+    def unseen(self) -> str:
+        """What the last error does not tell of, in a sentence."""
+        refused = [refusal for each in self._passes() for rule in each.rules for refusal in rule.refused]
+        left = any("fallback_random" in refusal.why for refusal in refused)
+        return (
+            "Dropout draws eager's numbers here, so attention with dropout was not rewritten." if left else ""
+        )
+
+    def uncounted(self) -> str:
+        """Which passes changed the graph with no rewrite allowed, as something to try."""
+        changed = [
+            each.name
+            for each in self._passes()
+            if each.nodes_before != each.nodes_after or any(rule.fired for rule in each.rules)
+        ]
+        names = ", ".join(dict.fromkeys(changed))
+        return f"; or without what never calls ctx.begin, and so is not counted: {names}" if names else ""
+
+    def _passes(self) -> list[PassRecord]:
+        return [each for graph in self.report.graphs for each in graph.passes]

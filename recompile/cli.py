@@ -150,6 +150,12 @@ def _explain(args: argparse.Namespace) -> int:
     from .explain import explain
 
     if Path(args.target).is_dir():
+        if args.profile:
+            raise RecompileError(
+                "a dump cannot be measured: its model is not in it",
+                got="--profile",
+                try_="recompile explain package.module:function --profile",
+            )
         report = read(Path(args.target)).report
     else:
         model, inputs = built(load(args.target))

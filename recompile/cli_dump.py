@@ -15,6 +15,7 @@ def add(commands: Any) -> None:
     show.set_defaults(run=_show)
     diff = _dump(commands.add_parser("diff", help="what each pass changed, as text"))
     diff.add_argument("--pass", dest="name", help="this pass alone: fuse-lookups")
+    diff.add_argument("--json", action="store_true", help="machine-readable output")
     diff.set_defaults(run=_diff)
     repro = _dump(commands.add_parser("repro", help="a script that runs one region, fused and unfused"))
     repro.add_argument("region", help="a region's node, such as lookup_default, or region-0")
@@ -49,8 +50,12 @@ def _diff(args: argparse.Namespace) -> int:
     from .dump_read import read
     from .show import coloured, diffs
 
+    found = diffs(read(args.folder), args.name, args.graph)
+    if args.json:
+        print(json.dumps([{"pass": name, "diff": lines} for name, lines in found], indent=2))
+        return 0
     console = _console()
-    for _, lines in diffs(read(args.folder), args.name, args.graph):
+    for _, lines in found:
         for line in coloured(lines):
             console.print(line, soft_wrap=True)
     return 0

@@ -51,6 +51,15 @@ class Folder:
                 self._write_graph(recording, self._recordings.index(recording))
                 self._write_page_unless_many()
 
+    def renew(self, report: Report) -> None:
+        """Writes report and page again if graphs of `report` are in this dump."""
+        records = {id(record) for record in report.graphs}
+        with tolerating(self.path, False), self._lock:
+            mine = any(id(recording.record) in records for recording in self._recordings)
+            if mine and not self._claim.closed:
+                self._write_report()
+                self._write_page()
+
     def close(self) -> None:
         """Writes what is missing, and lets other processes in."""
         with tolerating(self.path, False), self._lock:

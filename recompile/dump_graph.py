@@ -13,7 +13,7 @@ from .lowering.fingerprint import digest
 from .recording import Recording
 from .report import RegionRecord
 from .torch_private.generated_code import Kernel, is_backward, kernels, language
-from .wording import plural
+from .wording import counted, plural
 
 VERSION = 1  # of graph.json; raised when a field changes its meaning or goes away
 OWN_FILES = ("graph.json", "inputs.json", "regions.json", "[0-9]*-*.py", "[0-9]*-*.diff", "kernels/*")
@@ -21,9 +21,13 @@ _COMMENT = {"py": "#", "cpp": "//"}
 
 
 def files(recording: Recording, index: int) -> dict[str, str]:
-    """Text by path inside the graph's folder. Region nodes of the last stage are told their kernels."""
+    """Text by path inside the graph's folder. The last stage and the report are told the regions' kernels."""
     made = dict(_stages(recording, index))
     sources = _kernels(recording, index)
+    kernels_of = {recording.nodes[n]["name"]: recording.nodes[n]["kernel"] for n in _last(recording)}
+    for region in recording.record.regions:
+        if file := kernels_of.get(region.name):
+            region.kernel = f"graph-{index}/{file}"
     graph = {
         "version": VERSION,
         "index": index,
@@ -158,8 +162,7 @@ def _headed(
         record = next((r for r in recording.record.regions if r.name == node["name"]), RegionRecord("", ""))
         lines.append(f"{'gradients of ' * kernel.is_backward}region {node['name']}, made by {node['rule']}")
         lines += textwrap.wrap(record.summary, 100, initial_indent="  ", subsequent_indent="    ")
-        shapes = Counter(nodes[name]["value"] for name in node["inputs"])
-        reads = ", ".join(f"{n} x {shape}" if n > 1 else shape for shape, n in shapes.items())
+        reads = counted(nodes[name]["value"] for name in node["inputs"])
         lines += textwrap.wrap(
             f"{reads} -> {node['value']}", 100, initial_indent="  ", subsequent_indent="    "
         )

@@ -18,7 +18,7 @@ from .dump_folder import Folder
 from .errors import RecompileError
 from .options import Options
 from .recording import Recording, tolerating
-from .report import GraphRecord
+from .report import GraphRecord, Report
 from .torch_private.generated_code import hear
 
 _inside: ContextVar[Folder | None] = ContextVar("recompile_dump", default=None)
@@ -75,6 +75,14 @@ def dumping(options: Options, record: GraphRecord) -> Iterator[Recording | None]
         folder.add(recording, options.strict)
     finally:
         _now.reset(token)
+
+
+def renew(report: Report) -> None:
+    """Writes the dumps again that are open and show graphs of a report in which something was filled in."""
+    with _folders_lock:
+        folders = set(_folders.values())
+    for folder in folders:
+        folder.renew(report)
 
 
 def _open(path: Path) -> Folder:

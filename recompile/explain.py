@@ -29,7 +29,8 @@ def explain(
         args, kwargs: what it is called with.
         options: as for `torch.compile(backend="recompile", options=...)`.
         train: compile for training, with autograd; otherwise for inference, under `torch.no_grad()`.
-        profile: run it some more times, and measure each region's forward kernel (on CPUs).
+        profile: run it some more times, and measure each region's forward kernel; on CPUs only, elsewhere it says so.
+            A dump that shows the graphs is written again with it.
 
     Raises:
         OptionError, PassOrderError: of `options`.
@@ -41,10 +42,12 @@ def explain(
         compiled = torch.compile(model, backend=backend)
         compiled(*args, **kwargs)
     if profile:
+        from .dumping import renew
         from .profile import measure
 
         with torch.set_grad_enabled(train):
             measure(report, found, lambda: compiled(*args, **kwargs))
+        renew(report)
     return report
 
 

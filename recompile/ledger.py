@@ -53,9 +53,10 @@ class Ledger:
         total = Cost()
         for node in gone:
             total += self._replaced.get(node) or cost(node, *before[node])
-        # Nodes that are no regions are replaced together later: the first of them stands for all.
+        # Of nodes that are no regions the last stands for all: others may stay when it is replaced, as a view that a
+        # stack made of an operand does.
         shares = len(heirs) if is_region(heirs[0]) else 1
-        for node in heirs:
+        for node in reversed(heirs):
             self._replaced[node] = Cost(_share(total.bytes, shares), _share(total.flops, shares))
             total = total if shares > 1 else Cost()
 
@@ -69,19 +70,18 @@ def _reads(given: Any) -> Iterator[fx.Node]:
 
 
 def _handed_over(before: Any, now: Any, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(old, new) for each argument of a node that a pass has exchanged."""
+    """(old, new) for each argument of a node that a pass has exchanged; all are linked where a list grew or shrank."""
     old, new = tree_leaves(before[node]), tree_leaves(now[node])
-    if len(old) != len(new):
-        return
-    for a, b in zip(old, new, strict=True):
-        if (
-            a is not b
-            and isinstance(a, fx.Node)
-            and isinstance(b, fx.Node)
-            and a not in now
-            and b not in before
-        ):
-            yield a, b
+    if len(old) == len(new):
+        pairs = list(zip(old, new, strict=True))
+    else:
+        gone, made = [a for a in old if _lacks(now, a)], [b for b in new if _lacks(before, b)]
+        pairs = [(a, b) for a in gone for b in made[:1]] + [(a, b) for a in gone[:1] for b in made]
+    yield from ((a, b) for a, b in pairs if _lacks(now, a) and _lacks(before, b))
+
+
+def _lacks(nodes: Any, value: Any) -> bool:
+    return isinstance(value, fx.Node) and value not in nodes
 
 
 def _share(amount: Any, parts: int) -> Any:

@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._pytree import tree_leaves
 
-from .cost import cost
+from .cost import Cost, cost
 from .report import user_line
 from .torch_private.symbols import SYM
 from .torch_private.symbols import example as example_size
@@ -32,14 +32,16 @@ def entry(node: fx.Node) -> dict[str, Any]:
         "module": module_path(node),
         "rule": node.meta.get("recompile_rule", ""),
         "kernel": "",
-        "bytes": _bytes(node),
+        **_cost(node),
     }
 
 
-def _bytes(node: fx.Node) -> int:
-    """What the node moves if it runs by itself, for the sizes of the example inputs (see `cost.py`)."""
+def _cost(node: fx.Node) -> dict[str, int]:
+    """What the node moves and computes if it runs by itself, for the sizes of the example inputs (see `cost.py`)."""
     like = next((leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)), None)
-    return 0 if like is None else example_size(cost(node).bytes, like)
+    amounts = cost(node) if like is not None else Cost()
+    moved, computed = (example_size(each, like) for each in amounts)
+    return {"bytes": moved, "flops": computed} if computed else {"bytes": moved}  # most nodes compute nothing
 
 
 def value_of(node: fx.Node) -> Any:

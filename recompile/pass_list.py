@@ -39,6 +39,31 @@ def parse_passes(text: str) -> list[Pass]:
     return list(chosen.values())
 
 
+def spelled(passes: Iterable[Pass]) -> str:
+    """The shorter text that `parse_passes` reads as these passes: changes to `default`, or all their names."""
+    texts = {p.name(): p.name() + _changed(p) for p in passes}
+    known = registered()
+    own = [text for name, text in texts.items() if name not in known or text != name]
+    return min(
+        ",".join(["default", *own, *(f"-{name}" for name in known if name not in texts)]),
+        ",".join(texts.values()),
+        key=len,
+    )
+
+
+def _changed(p: Pass) -> str:
+    """The settings that are not their default's: `{min-tables=8}`, or ""."""
+    values = {
+        f.name.replace("_", "-"): getattr(p, f.name) for f in fields(p) if getattr(p, f.name) != f.default
+    }
+    settings = [f"{name}={_written(value)}" for name, value in values.items()]
+    return f"{{{','.join(settings)}}}" if settings else ""
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def ordered(chosen: Iterable[Pass]) -> list[Pass]:
     """The passes in an order that their `after` and `before` allow; ties by name, so that it never varies.
 

@@ -14,7 +14,7 @@ from .errors import StrictError
 from .ledger import Ledger
 from .numerics import LEVELS, Numerics
 from .options import Options
-from .pass_list import ordered, parse_passes
+from .pass_list import ordered, parse_passes, spelled
 from .recording import Recording
 from .report import GraphRecord, PassRecord
 from .rewrite import Context, Pass
@@ -48,6 +48,7 @@ def run_passes(
         StrictError: a pass failed, under `strict`.
     """
     chosen = ordered(parse_passes(options.passes) if passes is None else passes)
+    record.chosen = spelled(chosen)
     numerics = Numerics(gm, example_inputs) if options.verify == "numerics" else None
     snapshot, ledger = Snapshot(gm.graph), Ledger(gm.graph)
     for each in chosen:

@@ -81,13 +81,24 @@ class Measured:
     reached: float
 
 
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine reaches: bytes a second in a large copy, operations a second in a large product."""
+
+    bytes: float
+    flops: float
+
+
 @dataclass
 class RegionRecord:
     """A region operator in the final graph, and the user's lines that it computes.
 
     `spec` is the operator's, as text (see `recompile/lowering/*/spec.py`).
-    `before` is what the nodes cost that it replaced, each by itself (see `cost.py`), `after` what it costs. `measured`
-    is there after `explain(profile=True)`.
+    `reads` has dtype and shape of the nodes it reads, `writes` of the results that the graph reads.
+    `before` is what the nodes cost that it replaced, each by itself (see `cost.py`), `after` what it costs, and `bound`
+    what limits that on any CPU: "launch", "memory", "compute", or "" where it depends on the CPU.
+    `kernel` is its file, seen from the dump's folder, where one was written. After `explain(profile=True)` there is
+    `measured`, or a reason in `unmeasured`.
     """
 
     name: str
@@ -96,22 +107,34 @@ class RegionRecord:
     summary: str = ""
     lines: list[str] = field(default_factory=list)
     spec: str = ""
+    device: str = ""
+    reads: dict[str, str] = field(default_factory=dict)
+    writes: list[str] = field(default_factory=list)
     before: CostRecord | None = None
     after: CostRecord | None = None
+    bound: str = ""
+    kernel: str = ""
     measured: Measured | None = None
+    unmeasured: str = ""
 
 
 @dataclass
 class GraphRecord:
-    """One graph from Dynamo. `fallback` says why plain Inductor compiled it, None if it did not."""
+    """One graph from Dynamo. `fallback` says why plain Inductor compiled it, None if it did not.
+
+    `chosen` is the option `passes` that gives the passes that ran, settings and all.
+    `ceilings` are there where a region was measured; they give a time for the bytes and operations of any node.
+    """
 
     index: int = 0
     nodes_before: int = 0
     nodes_after: int = 0
     capture_ms: float = 0.0
+    chosen: str = ""
     passes: list[PassRecord] = field(default_factory=list)
     regions: list[RegionRecord] = field(default_factory=list)
     fallback: Refusal | None = None
+    ceilings: Ceilings | None = None
 
 
 @dataclass
@@ -154,10 +177,15 @@ class Report:
 
 
 def _graph_record(found: dict[str, Any]) -> GraphRecord:
-    fallback = found["fallback"] and Refusal(**found["fallback"])
-    regions = list(map(_region_record, found["regions"]))
-    passes = [PassRecord(**{**p, "rules": list(map(_rule_record, p["rules"]))}) for p in found["passes"]]
-    return GraphRecord(**{**found, "fallback": fallback, "regions": regions, "passes": passes})
+    parts: dict[str, Any] = {
+        "fallback": found["fallback"] and Refusal(**found["fallback"]),
+        "ceilings": found.get("ceilings") and Ceilings(**found["ceilings"]),
+        "regions": list(map(_region_record, found["regions"])),
+        "passes": [
+            PassRecord(**{**p, "rules": list(map(_rule_record, p["rules"]))}) for p in found["passes"]
+        ],
+    }
+    return GraphRecord(**{**found, **parts})
 
 
 def _region_record(found: dict[str, Any]) -> RegionRecord:

@@ -13,10 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .report import GraphRecord, PassRecord, Refusal, RegionRecord, Report
-from .wording import plural
+from .report import CostRecord, GraphRecord, PassRecord, Refusal, RegionRecord, Report
+from .wording import counted, plural
 
 _SENTENCES = 10  # different ones a rule
+_NAMES = 3  # of rules that did nothing
+_BEST = {"memory": "a large copy", "compute": "a large matrix product"}
 
 
 def plain(report: Report, width: int) -> str:
@@ -46,9 +48,11 @@ def _graph(graph: GraphRecord) -> Iterator[RenderableType]:
     yield Text(f"graph {graph.index}: {counts}, captured in {graph.capture_ms:.1f} ms", style="bold")
     if graph.passes:
         yield _passes(graph.passes)
+    if graph.chosen:
+        yield _Indented(Text("passes: " + ", ".join(graph.chosen.split(","))), 2)
     for region in graph.regions:
         yield _Indented(Text(f"{region.name}: {region.summary}", style="green"), 2)
-        yield from (_Indented(Text(line, style="cyan"), 6) for line in _costs(region))
+        yield from (_Indented(Text(line, style="cyan"), 6) for line in _told(region))
         yield from (_Indented(Text(line), 6) for line in _folded(region.lines))
     lines = [*(line for record in graph.passes for line in _not_done(record)), *_idle(graph.passes)]
     yield from (_Indented(Text(line), 2) for line in lines)
@@ -69,20 +73,35 @@ class _Indented:
         yield from (Padding(line, (0, 0, 0, more)) for line in rest)
 
 
-def _costs(region: RegionRecord) -> Iterator[str]:
-    """What a region costs beside what it replaced, and how long it took."""
-    before, after, measured = region.before, region.after, region.measured
+def _told(region: RegionRecord) -> Iterator[str]:
+    """What a region reads and writes, its cost beside that of what it replaced, what limits it, and its kernel."""
+    before, after = region.before, region.after
+    if region.reads:
+        yield f"reads {counted(region.reads.values())}; writes {counted(region.writes)}"
     if before and after:
         moved = f"{_amount(before.example_bytes)}B -> {_amount(after.example_bytes)}B moved"
-        yield f"{moved}, {_amount(before.example_flops)}FLOP -> {_amount(after.example_flops)}FLOP"
+        flops = f"{_amount(before.example_flops)}FLOP -> {_amount(after.example_flops)}FLOP"
+        yield f"each operator alone -> fused: {moved}, {flops}"
         if not after.bytes.isdigit():
             yield f"bytes {before.bytes} -> {after.bytes}"
             yield f"FLOP {before.flops} -> {after.flops}"
-    if measured:
-        reached = (
-            "" if measured.bound == "launch" else f", {measured.reached:.0%} of what the machine reaches"
-        )
+    if region.kernel:
+        yield f"kernel: {region.kernel} in the dump"
+    if measured := region.measured:
+        best = _BEST.get(measured.bound)
+        reached = f", {measured.reached:.0%} of the speed of {best}" if best else ""
         yield f"{measured.ms:.3f} ms, bound by {measured.bound}{reached}"
+    elif after:
+        yield _predicted(after, region)
+    if region.unmeasured:
+        yield region.unmeasured
+
+
+def _predicted(after: CostRecord, region: RegionRecord) -> str:
+    """The operations for each byte moved, and what follows from them."""
+    flops = after.example_flops / max(after.example_bytes, 1)
+    by = f", bound by {region.bound or 'memory or compute, as the CPU is'}" if region.device == "cpu" else ""
+    return f"{flops:.2g} FLOP a byte{by}" if flops < 10 else f"{flops:.0f} FLOP a byte{by}"
 
 
 def _amount(number: int) -> str:
@@ -108,7 +127,9 @@ def _what(record: PassRecord) -> Iterator[str]:
     elif record.error:
         yield f"was undone: {record.error.splitlines()[0]}"
     elif not any(rule.fired or rule.refused for rule in record.rules):
-        yield "nothing to do" if record.nodes_before == record.nodes_after else "changed the graph"
+        tried = record.rules[0].tried if _is_alone(record) else 0
+        idle = f"tried {tried}, and nothing fitted" if tried else "nothing to do"
+        yield idle if record.nodes_before == record.nodes_after else "changed the graph"
     for rule in record.rules:
         name = "" if rule.name == record.name else f"{rule.name} "
         if rule.fired or rule.refused:
@@ -118,11 +139,26 @@ def _what(record: PassRecord) -> Iterator[str]:
 
 
 def _idle(records: list[PassRecord]) -> Iterator[str]:
-    """The rules that neither fired nor refused, in one line for all passes."""
-    idle = [r for record in records for r in record.rules if not (r.fired or r.refused)]
-    if idle:
-        names = (f"{r.name} (tried {r.tried})" if r.tried else r.name for r in idle)
-        yield "fired 0 times, for want of candidates: " + ", ".join(names)
+    """The rules that neither fired nor refused, in two lines for all passes."""
+    idle = [
+        r for record in records if not _is_alone(record) for r in record.rules if not (r.fired or r.refused)
+    ]
+    tried = sorted((r for r in idle if r.tried), key=lambda r: -r.tried)
+    if tried:
+        yield "tried, and nothing fitted: " + _few([f"{r.tried} x {r.name}" for r in tried])
+    if never := [r.name for r in idle if not r.tried]:
+        yield "met no candidate: " + _few(never)
+
+
+def _is_alone(record: PassRecord) -> bool:
+    """Whether a pass is one rule of its own name, which its line tells about."""
+    return [rule.name for rule in record.rules] == [record.name]
+
+
+def _few(names: list[str]) -> str:
+    """The first names, and how many more there are: the JSON has all."""
+    more = len(names) - _NAMES
+    return ", ".join(names[:_NAMES]) + (f" and {plural(more, 'more rule')}" if more > 0 else "")
 
 
 def _not_done(record: PassRecord) -> Iterator[str]:

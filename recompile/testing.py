@@ -100,21 +100,30 @@ def assert_same(
     args: Sequence[Any],
     train: bool = False,
     options: Mapping[str, object] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Report:
-    """Asserts that the compiled model equals eager, in float64: outputs, buffers and, in training, gradients.
+    """Asserts that the compiled model equals eager in float64: outputs, buffers and, in training, gradients.
 
     Args:
         args: what the model is called with; floating point tensors are widened too.
         train: compare the gradients of parameters and inputs as well.
+        options: as for `torch.compile(backend="recompile")`, but strict unless they say otherwise: a pass that fails
+            or a fallback is an error.
+        dtype: what the compiled model computes in, and to whose tolerance it is compared. Eager computes in float64
+            from the same rounded numbers. Only a dtype for which kernels are generated tests them: where there is
+            none, float64 for most, a region's reference runs.
 
     Returns:
         What the backend did.
     """
-    eager, copied = copy.deepcopy(model).double(), copy.deepcopy(model).double()
-    with compiling(options) as (report, backend):
+    copied = copy.deepcopy(model).to(dtype)
+    eager = copy.deepcopy(copied).double()
+    given = tree_map(lambda x: _floats(x, dtype), list(args))
+    with compiling({"strict": True, **(options or {})}) as (report, backend):
         compiled = torch.compile(copied, backend=backend)
-        actual = _results(copied, compiled, args, train)
-    torch.testing.assert_close(actual, _results(eager, eager, args, train), equal_nan=True)
+        actual = _results(copied, compiled, given, train, dtype)
+    expected = _results(eager, eager, given, train, torch.float64)
+    torch.testing.assert_close(actual, tree_map(lambda x: _rounded(x, dtype), expected), equal_nan=True)
     return report
 
 
@@ -127,7 +136,7 @@ def assert_rewritten_same(
 
     Args:
         model: its parameters' gradients are compared, for random gradients of the outputs.
-        args: what the model is called with.
+        args: what the model is called with; the gradients of those that ask for one are compared, too.
         dynamic: as for `torch.compile`.
 
     Returns:
@@ -153,11 +162,15 @@ def assert_rewritten_same(
 
 def _with_gradients(model: torch.nn.Module, call: Callable[..., Any], args: Sequence[Any]) -> Any:
     outputs = call(*args)
-    found = [out for out in tree_leaves(outputs) if isinstance(out, torch.Tensor) and out.requires_grad]
+    found = [out for out in tree_leaves(outputs) if _learns(out)]
     torch.manual_seed(0)
     seeds = [torch.randn_like(out) for out in found]
-    sources = list(model.parameters())
+    sources = [*model.parameters(), *(x for x in tree_leaves(args) if _learns(x))]
     return outputs, torch.autograd.grad(found, sources, seeds, allow_unused=True) if sources else ()
+
+
+def _learns(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def text(gm: fx.GraphModule) -> str:
@@ -213,26 +226,32 @@ def _refusals(record: GraphRecord) -> list[Refusal]:
 
 
 def _results(
-    model: torch.nn.Module, call: Callable[..., Any], args: Sequence[Any], train: bool
+    model: torch.nn.Module, call: Callable[..., Any], args: Sequence[Any], train: bool, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Outputs, buffers and gradients of one run, from the same random numbers every time."""
-    inputs = tree_map(lambda x: _wide(x, train), list(args))
+    """Outputs, buffers and gradients of one run in `dtype`, from the same random numbers every time."""
+    inputs = tree_map(lambda x: _floats(x, dtype, train), list(args))
     torch.manual_seed(0)
     with torch.set_grad_enabled(train):
         outputs = call(*inputs)
     results = {"outputs": outputs, "buffers": dict(model.named_buffers())}
     if train:
-        found = [out for out in tree_leaves(outputs) if isinstance(out, torch.Tensor) and out.requires_grad]
-        torch.autograd.backward(found, [torch.randn_like(out) for out in found])
+        found = [out for out in tree_leaves(outputs) if _learns(out)]
+        drawn = [torch.randint(-8, 9, out.shape).to(out) / 8 for out in found]  # exact in every dtype
+        torch.autograd.backward(found, drawn)
         sources = [*model.parameters(), *(x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))]
         results["gradients"] = [x.grad for x in sources if x.grad is not None]
     return results
 
 
-def _wide(value: Any, train: bool) -> Any:
-    """A copy of an input: floating point as float64, with a gradient where one is wanted."""
+def _floats(value: Any, dtype: torch.dtype, train: bool = False) -> Any:
+    """A copy of an input: floating point as `dtype`, with a gradient where one is wanted."""
     if not isinstance(value, torch.Tensor):
         return value
     if not value.is_floating_point():
         return value.clone()
-    return value.detach().to(torch.float64, copy=True).requires_grad_(train)
+    return value.detach().to(dtype, copy=True).requires_grad_(train)
+
+
+def _rounded(value: Any, dtype: torch.dtype) -> Any:
+    """A result in float64 as `dtype`."""
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype is torch.float64 else value

@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import RecompileError
 from .graph.walls import is_wall
+from .memory import Memory
 from .report import user_line
 from .rewrite import Effects, same, same_strides
 from .rewrite.build import ambient
-from .rewrite.effects import autocast_at
+from .rewrite.effects import autocast_at, storages
+from .wording import plural
 
 _UNFORESEEABLE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
@@ -53,7 +55,8 @@ class Snapshot:
 
         Raises:
             RecompileError: an output or a changed node has another shape, dtype or device than before or than
-                it says; an output is another tensor than before; inputs or walls changed their order.
+                it says; an output is another tensor than before, or shares memory with others; an input is written to
+                otherwise; inputs or walls changed their order.
         """
         if _inputs(graph) != self._inputs:
             raise RecompileError("the pass changed the graph's inputs")
@@ -63,6 +66,7 @@ class Snapshot:
             if node not in self._was or not _calls_alike(self._was[node], node):
                 _check_value(node, effects)
         _check_outputs(self._outputs, _outputs(graph))
+        self._check_memory(graph)
 
     def _changed(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """The nodes that are new, or have other arguments."""
@@ -80,6 +84,28 @@ class Snapshot:
                     expected=f"{before.name} first",
                     got=f"{after.name} first",
                     where=user_line(after),
+                )
+
+    def _check_memory(self, graph: fx.Graph) -> None:
+        before = Memory(self.copy)
+        after = Memory(graph, before, self.twins)
+        for name in before.writers | after.writers:
+            old, new = before.writers[name], after.writers[name]
+            if len(old) != len(new):
+                kept = {self.twins.get(node) for node in new}
+                gone = [node for node in old if node not in kept]
+                raise RecompileError(
+                    f"the pass changed what is written to {name}",
+                    expected=plural(len(old), "write"),
+                    got=str(len(new)),
+                    where=user_line((gone or new)[0]),
+                )
+        for i, (was, now) in enumerate(zip(before.shared, after.shared, strict=True)):
+            if was != now:
+                raise RecompileError(
+                    f"the pass changed what output {i} shares memory with",
+                    expected=", ".join(was) or "nothing",
+                    got=", ".join(now) or "nothing",
                 )
 
 
@@ -117,13 +143,16 @@ def _check_value(node: fx.Node, effects: Effects) -> None:
             raise RecompileError(
                 f"node {node.name} cannot be computed: {error}", where=user_line(node)
             ) from error
-    if not _alike(node.meta.setdefault("val", derived), derived):
+    claimed, given = node.meta.setdefault("val", derived), set(storages([*node.all_input_nodes]))
+    if not _alike(claimed, derived):
         raise RecompileError(
             f"node {node.name} has another value than its meta['val'] says",
-            expected=_show(node.meta["val"]),
+            expected=_show(claimed),
             got=_show(derived),
             where=user_line(node),
         )
+    if given & set(storages(claimed)) != given & set(storages(derived)):
+        node.meta["val"] = derived  # a view, or no longer one
 
 
 def _is_unforeseeable(node: fx.Node) -> bool:

@@ -40,7 +40,7 @@ def test_one_line_and_the_same_numbers():
     graph = last_report().graphs[0]
     assert graph.fallback is None
     (region,) = graph.regions
-    assert region.summary.startswith("12 bags over 12 tables -> ")
+    assert region.summary.startswith("12 lookups over 12 tables -> ")
     wanted = sorted(region.summary.split(" -> ")[1].split(", "))
     assert wanted == ["concat", "sum", "sum", "sum_of_squares"]
 

@@ -75,7 +75,10 @@ def _width(part: int, group: Lookup, sources: list[Any]) -> Any:
 
 def _dtype(out: Any, group: Lookup, weights: list[Any], sources: list[Any]) -> torch.dtype:
     found = [
-        weights[group.bags[p].table].get_dtype() if p >= 0 else sources[~p].get_dtype() for p in out.parts
+        group.bags[p].value_dtype(weights[group.bags[p].table].get_dtype())
+        if p >= 0
+        else sources[~p].get_dtype()
+        for p in out.parts
     ]
     result: torch.dtype = found[0]
     for dtype in found[1:]:

@@ -40,9 +40,7 @@ _library.impl("lookup_backward", _lookup_backward, "CompositeExplicitAutograd")
 
 def output_width(out: Output, spec: Lookup, sources: Sequence[Tensor]) -> int:
     """Columns of an output."""
-    return out.width or sum(
-        reference.width(spec.bags[p], spec, sources) if p >= 0 else sources[~p][0].numel() for p in out.parts
-    )
+    return out.width or sum(reference.part_width(p, spec, sources) for p in out.parts)
 
 
 def batch(spec: Lookup, sources: Sequence[Tensor]) -> int:
@@ -57,7 +55,10 @@ def output_dtype(
     out: Output, spec: Lookup, weights: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> torch.dtype:
     """What `torch.cat` of an output's parts would have."""
-    dtypes = [weights[spec.bags[p].table].dtype if p >= 0 else sources[~p].dtype for p in out.parts]
+    dtypes = [
+        spec.bags[p].value_dtype(weights[spec.bags[p].table].dtype) if p >= 0 else sources[~p].dtype
+        for p in out.parts
+    ]
     result = dtypes[0]
     for dtype in dtypes[1:]:
         result = torch.promote_types(result, dtype)
@@ -116,9 +117,11 @@ def differentiate(backward: str) -> Callable[..., tuple[Any, ...]]:
             by_table[t] = g
         for s, g in zip(loads, found[len(tables) :], strict=True):
             by_source[s] = g
+        copied = {~p for out in part.outputs for p in out.parts}
         for s, needed in enumerate(wanted[1]):
-            if needed and s not in weighting:
-                by_source[s] = _copied(s, given, part, sources)
+            if needed and s in copied:
+                weighed, grad = by_source[s], _copied(s, given, part, sources)
+                by_source[s] = grad if weighed is None else weighed + grad
         return by_table, by_source, None
 
     return formula
@@ -127,12 +130,12 @@ def differentiate(backward: str) -> Callable[..., tuple[Any, ...]]:
 def _copied(source: int, grads: Sequence[Any], spec: Lookup, sources: Sequence[Tensor]) -> Tensor:
     """The gradient of a source that outputs copy or sum."""
     x = sources[source]
-    flat = x.reshape(x.shape[0], -1)
+    flat = reference.flat(x)
     total = torch.zeros_like(flat)
     for out, grad in zip(spec.outputs, grads, strict=True):
         column = 0
         for p in out.parts:
-            wide = reference.width(spec.bags[p], spec, sources) if p >= 0 else sources[~p][0].numel()
+            wide = reference.part_width(p, spec, sources)
             if p == ~source:
                 total = total + reference.through(out, grad, column, wide, lambda: flat).to(total.dtype)
             column += wide

@@ -1,5 +1,6 @@
 """The lookup op in plain PyTorch: its documentation, the oracle of its tests, the fallback without a kernel."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -53,6 +54,16 @@ def width(bag: Bag, spec: Lookup, sources: Sequence[Tensor]) -> int:
     return dim * ids.shape[1] if bag.pooling == "none" and ids.dim() == 2 else dim
 
 
+def part_width(part: int, spec: Lookup, sources: Sequence[Tensor]) -> int:
+    """Columns that a part of an output takes: a bag, or a source that is copied."""
+    return width(spec.bags[part], spec, sources) if part >= 0 else flat(sources[~part]).shape[1]
+
+
+def flat(x: Tensor) -> Tensor:
+    """A copied source `[B, ...]` as `[B, columns]`."""
+    return x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
 class _Positions:
     """One bag's positions, flat: position p belongs to sample `sample[p]`."""
 
@@ -69,11 +80,11 @@ class _Positions:
             position = at - bounds[self.sample]
         else:
             two = [x.unsqueeze(1) if x.dim() == 1 else x for x in loads]
-            self.batch, length = two[0].shape
-            at = torch.arange(self.batch * length, device=ids.device)
-            self.sample, position = at // length, at % length
-            self.length = torch.full_like(at, length)
-            loads = [x.expand(self.batch, length).reshape(-1) for x in two]
+            self.batch, self.positions = two[0].shape  # positions a sample
+            at = torch.arange(self.batch * self.positions, device=ids.device)
+            self.sample, position = at // self.positions, at % self.positions
+            self.length = torch.full_like(at, self.positions)
+            loads = [x.expand(self.batch, self.positions).reshape(-1) for x in two]
         wide = [x if x.is_floating_point() else x.to(torch.int64) for x in loads]  # as kernels compute
         self.env = {f"x{k}": x for k, x in enumerate(wide)} | {"l": position, "L": self.length}
         self.keep = self._mask(bag.keep)
@@ -113,20 +124,21 @@ class _Positions:
         length = (
             self.env["L"][:1] if self.bag.offsets < 0 else torch.bincount(self.sample, minlength=self.batch)
         )
-        env = {"count": self._per_sample(each), "L": length.expand(self.batch)}
+        env = {"count": self._per_sample(each), "L": length.to(weight.dtype).expand(self.batch)}
         value = torch.as_tensor(scalar.evaluate(scalar.parse(self.bag.divisor), env))
         return value.to(weight.dtype).expand(self.batch)
 
     def value(self) -> Tensor:
         """The bag: `[batch, width]`."""
         if self.bag.pooling == "none":
-            return self.rows.reshape(self.batch, -1)
+            return self.rows.reshape(self.batch, self.positions * self.rows.shape[1])
+        dtype = self.bag.value_dtype(self.rows.dtype)
         if self.bag.pooling == "max":
-            return self.largest()[0]
+            return self.largest()[0].to(dtype)
         rows = self.rows.to(self.weight().dtype) * self.weight().unsqueeze(1)
         total = self._per_sample(torch.where(self.keep.unsqueeze(1), rows, 0))
         divisor = self.divisor()
-        return (total if divisor is None else total / divisor.unsqueeze(1)).to(self.rows.dtype)
+        return (total if divisor is None else total / divisor.unsqueeze(1)).to(dtype)
 
     def largest(self) -> tuple[Tensor, Tensor]:
         """Per sample and column the largest kept value (`empty` for none), and its first position (or P)."""
@@ -154,7 +166,7 @@ class _Positions:
 
     def weight_gradients(self, g: Tensor) -> Tensor:
         each = (self._scaled(g)[self.sample] * self.rows).sum(1) * self.keep
-        return each if self.bag.offsets >= 0 else each.reshape(self.batch, -1)
+        return each if self.bag.offsets >= 0 else each.reshape(self.batch, self.positions)
 
     def _scaled(self, g: Tensor) -> Tensor:
         divisor = self.divisor()
@@ -162,14 +174,14 @@ class _Positions:
 
 
 def _part(values: Sequence[Tensor], sources: Sequence[Tensor], part: int) -> Tensor:
-    return values[part] if part >= 0 else sources[~part].reshape(sources[~part].shape[0], -1)
+    return values[part] if part >= 0 else flat(sources[~part])
 
 
 def _output(out: Output, parts: Sequence[Tensor]) -> Tensor:
     row = torch.cat(list(parts), 1)
     if out.kind == "concat":
         return row
-    fields = row.reshape(row.shape[0], -1, out.width)
+    fields = row.reshape(row.shape[0], row.shape[1] // out.width, out.width)
     return (fields * fields if out.kind == "sum_of_squares" else fields).sum(1)
 
 
@@ -180,7 +192,7 @@ def _bag_gradient(
     for out, grad in zip(spec.outputs, grads, strict=True):
         column = 0
         for part in out.parts:
-            wide = width(spec.bags[part], spec, sources) if part >= 0 else sources[~part][0].numel()
+            wide = part_width(part, spec, sources)
             if part == j:
                 total = total + through(out, grad, column, wide, here.value)
             column += wide

@@ -20,6 +20,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from recompile.lowering.fingerprint import fingerprint
 from recompile.lowering.record import from_text, to_text
 
@@ -48,11 +50,16 @@ class Bag:
     include_last_offset: bool = False
     frozen_row: int = -1  # `padding_idx` of nn.Embedding: read, but its row gets no gradient
     empty: str = "0.0"  # the maximum over no row, a number
+    dtype: str = ""  # of the pooled value, "float32", where it is not the table's
 
     @property
     def weight_load(self) -> int:
         """The source that `weight`, which names one load, is."""
         return self.loads[int(self.weight.removeprefix("x"))]
+
+    def value_dtype(self, table: torch.dtype) -> torch.dtype:
+        """What its value has where its table has the dtype `table`."""
+        return getattr(torch, self.dtype) if self.dtype else table
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from recompile.lowering.lookup.reference import part_width
 from recompile.lowering.lookup.spec import Bag, Lookup
 from recompile.lowering.lookup.triton_common import (
     End,
@@ -26,7 +27,6 @@ from recompile.lowering.lookup.triton_common import (
     values_of,
     weight,
 )
-from recompile.lowering.lookup.triton_forward import part_width
 from recompile.lowering.lookup.triton_kernel import LIMIT, Arguments, Group, Launch, kernel, text
 
 

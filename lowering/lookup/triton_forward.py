@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from recompile.lowering.lookup import reference, schedule
+from recompile.lowering.lookup import schedule
+from recompile.lowering.lookup.reference import flat, part_width
 from recompile.lowering.lookup.spec import Lookup
 from recompile.lowering.lookup.triton_common import (
     End,
@@ -47,16 +48,6 @@ def find_places(spec: Lookup, sources: Sequence[Tensor]) -> tuple[dict[int, list
             places[j] = [Place(-1, scratch, wide)]
             scratch = scratch + wide
     return places, scratch
-
-
-def part_width(part: int, spec: Lookup, sources: Sequence[Tensor]) -> Any:
-    """Columns that a part takes."""
-    return reference.width(spec.bags[part], spec, sources) if part >= 0 else flat(sources[~part]).shape[1]
-
-
-def flat(x: Tensor) -> Tensor:
-    """A copied source as `[B, columns]`."""
-    return x if x.dim() == 2 else x.reshape(x.shape[0], x[0].numel())
 
 
 def launches(

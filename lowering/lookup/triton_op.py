@@ -8,8 +8,9 @@ from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
 from recompile.lowering.lookup import op, triton_backward, triton_forward
+from recompile.lowering.lookup.reference import flat
 from recompile.lowering.lookup.spec import Lookup, Output
-from recompile.lowering.lookup.triton_forward import Place, flat
+from recompile.lowering.lookup.triton_forward import Place
 from recompile.lowering.lookup.triton_kernel import Launch
 from recompile.lowering.lookup.triton_module import load
 

@@ -11,7 +11,21 @@ from .compact import compact
 
 __all__ = ["html"]
 
-_SCRIPTS = ("text", "data", "arrange", "draw", "pane", "diff", "panel", "passes", "search", "app", "actions")
+_SCRIPTS = (
+    "text",
+    "costs",
+    "data",
+    "arrange",
+    "draw",
+    "pane",
+    "diff",
+    "panel",
+    "passes",
+    "search",
+    "app",
+    "walk",
+    "actions",
+)
 _HOLE = re.compile(r"/\*(style|script)\*/|\{(data)\}")
 
 

@@ -72,7 +72,7 @@ const ACTS = {
   collapse: () => setOpen(() => true, false),
   fit: () => Object.values(panes).forEach((pane) => pane.fit()),
   drop: () => change({ node: "", group: "", pair: null }),
-  colour: () => { if (graphNow().measured) change({ byBytes: !state.byBytes }); },
+  colour: () => change({ scale: cycle(["", ...graphNow().scales], scaleNow()) }),
 };
 
 function change(values) {
@@ -153,7 +153,7 @@ const KEYS = [
   ["0", "show all", ACTS.fit],
   ["+", "zoom in", () => zoomAll(1.25)],
   ["-", "zoom out", () => zoomAll(0.8)],
-  ["b", "colours by kind or by bytes", ACTS.colour],
+  ["b", "colours: by kind, by each cost that is known", ACTS.colour],
   ["t", "light or dark", theme],
   ["?", "this help", () => by("help").showModal()],
   ["Escape", "leave the search, drop the selection", leave],
@@ -165,13 +165,18 @@ function press(event) {
   if (typing && event.key === "Enter") { nextFound(event.shiftKey ? -1 : 1); return; }
   if (typing && event.key !== "Escape") return;
   if (event.target.tagName === "SELECT") return;
+  if (walks(event)) {
+    event.preventDefault();
+    walk(WALKS[event.key][2]);
+    return;
+  }
   const found = KEYS.find(([key]) => key === event.key);
   if (!found) return;
   event.preventDefault();
   found[2]();
 }
 
-const helpHtml = () => `<h2>Keyboard</h2><table>${KEYS.map(([key, what_]) => `<tr><td><kbd>${escapeText(key)}</kbd></td><td>${escapeText(what_)}</td></tr>`).join("")}</table>` +
+const helpHtml = () => `<h2>Keyboard</h2><table>${[...KEYS, ...Object.values(WALKS)].map(([key, what_]) => `<tr><td><kbd>${escapeText(key)}</kbd></td><td>${escapeText(what_)}</td></tr>`).join("")}</table>` +
   `<h2>Mouse and touch</h2><p>Drag to move, wheel or pinch to zoom. Click a box for its details; click ▸ or double-click to open a group in place.</p>` +
   `<p>Weights have no box of their own: the panel of the operator that reads them lists them.</p><p>The address of this page keeps what is selected: copy it to share a view.</p><form method="dialog"><button>Close</button></form>`;
 

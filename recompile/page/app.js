@@ -1,8 +1,9 @@
 // What is on the screen: the state, its address, and drawing it.
 
-const state = { graph: 0, pass: 0, tab: "graph", side: "both", node: "", from: "after", group: "", file: "", query: "", hit: -1, changedOnly: false, byBytes: false, pair: null };
+const state = { graph: 0, pass: 0, tab: "graph", side: "both", node: "", from: "after", group: "", file: "", query: "", hit: -1, changedOnly: false, scale: "", pair: null };
 const by = (id) => document.getElementById(id);
 const graphNow = () => GRAPHS[state.graph];
+const scaleNow = () => (graphNow().scales.includes(state.scale) ? state.scale : "");  // not every graph has every cost
 const panes = {};
 
 function start() {
@@ -18,10 +19,10 @@ function start() {
 function graphTitle(graph) {
   const nodes = plural(graph.stages[0].order.length, "node");
   const plain = graph.report && graph.report.fallback ? ", plain Inductor" : "";
-  return `${graph.index}: ${graph.title || "graph"} (${nodes}${plain})`;
+  return `${graph.index}: ${graph.title || "graph"} (${nodes}, ${milliseconds(timeOf(graph))}${plain})`;
 }
 
-// --- the address: #graph=0&pass=3&node=mm_7
+// --- the address: #graph=0&pass=fuse-lookups&node=mm_7; a pass also by its number
 
 function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
@@ -29,10 +30,12 @@ function readAddress() {
   const number = (name, most, otherwise) => (/^\d+$/.test(given.get(name) || "") ? Math.min(Number(given.get(name)), most) : otherwise);
   state.graph = number("graph", GRAPHS.length - 1, largest());
   const graph = graphNow();
-  state.pass = number("pass", graph.stages.length - 1, firstPass(graph));
+  const named = graph.stages.findIndex((stage) => stage.pass === given.get("pass"));
+  state.pass = named >= 0 ? named : number("pass", graph.stages.length - 1, firstPass(graph));
   state.tab = ["diff", "kernels"].includes(given.get("view")) ? given.get("view") : "graph";
   state.side = ["before", "after"].includes(given.get("side")) ? given.get("side") : narrow() ? "after" : "both";
   state.file = given.get("file") || "";
+  state.scale = given.get("colour") || "";
   state.group = "";
   state.pair = null;
   state.node = given.get("node") || "";
@@ -53,10 +56,11 @@ const narrow = () => window.innerWidth < 800;
 const firstPass = (graph) => sourceStage(graph, graph.stages.length - 1);
 
 function writeAddress() {
-  const given = new URLSearchParams({ graph: state.graph, pass: state.pass });
+  const given = new URLSearchParams({ graph: state.graph, pass: graphNow().stages[state.pass].pass });
   if (state.tab !== "graph") given.set("view", state.tab);
   if (state.side !== (narrow() ? "after" : "both")) given.set("side", state.side);
   if (state.node) given.set("node", state.node);
+  if (scaleNow()) given.set("colour", scaleNow());
   if (state.file && state.tab === "kernels") given.set("file", state.file);
   history.replaceState(null, "", `#${given}`);
 }
@@ -72,8 +76,8 @@ function render() {
   by("passes").querySelector(".chosen").scrollIntoView({ block: "nearest", inline: "nearest" });
   document.body.dataset.tab = state.tab;
   for (const button of document.querySelectorAll("[data-tab]")) button.classList.toggle("on", button.dataset.tab === state.tab);
-  by("colour").hidden = !graph.measured;
-  by("colour").textContent = state.byBytes ? "By bytes" : "By kind";
+  by("colour").hidden = !graph.scales.length;
+  by("colour").textContent = scaleNow() ? SCALES[scaleNow()].button : "By kind";
   renderTab(graph);
   renderPanel();
   writeAddress();
@@ -84,7 +88,7 @@ function renderTab(graph) {
   if (state.tab === "graph") {
     renderGraph(graph, view);
     const changes = changesAt(graph, state.pass).size ? `<span class="spring"></span>${keysHtml(CHANGE_NAMES)}` : "";
-    by("legend").innerHTML = legendHtml(graph, state.byBytes) + changes;
+    by("legend").innerHTML = legendHtml(graph, scaleNow()) + changes;
     return;
   }
   view.className = "text";
@@ -137,9 +141,10 @@ function captionOf(graph, k, side, both) {
 // Colours and marks of boxes. A closed group whose nodes all changed is marked as one.
 function lookOf(graph, marks, side) {
   const hidden = side === "before" ? "made" : "gone";
+  const scale = scaleNow();
   const markOf = (node) => (marks.get(node.index) === hidden ? undefined : marks.get(node.index));
   return {
-    colour: (box) => (state.byBytes ? bytesClass(graph, box) : box.leaves.every((node) => node.kind === box.leaves[0].kind) ? box.leaves[0].kind : "mixed"),
+    colour: (box) => (scale ? heatClass(graph, scale, box) : box.leaves.every((node) => node.kind === box.leaves[0].kind) ? box.leaves[0].kind : "mixed"),
     mark: (box) => (!box.open && box.leaves.every((node) => markOf(node) === markOf(box.leaves[0])) && markOf(box.leaves[0])) || "",
     touched: (box) => box.leaves.filter((node) => markOf(node)).length,
   };
@@ -193,7 +198,7 @@ function renderPanel() {
   const node = state.node && shownStage().names.get(state.node);
   const box = state.group && selectedGroup();
   if (node) by("panel").innerHTML = nodePanel(graph, stageNumber(), shownStage(), node);
-  else if (box) by("panel").innerHTML = groupPanel(box);
+  else if (box) by("panel").innerHTML = groupPanel(graph, box);
   else by("panel").innerHTML = missing() + passPanel(graph, state.pass);
   if (node || box) by("panel").insertAdjacentHTML("afterbegin", `<button class="close" data-act="drop" aria-label="drop the selection">×</button>`);
   document.body.classList.toggle("picked", Boolean(node || box));

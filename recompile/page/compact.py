@@ -40,7 +40,8 @@ def _graph(graph: Mapping[str, Any], texts: _Texts, files: Mapping[str, str]) ->
     return {
         "title": graph["title"],
         "nodes": [_node(node, texts) for node in graph["nodes"]],
-        "bytes": {i: node["bytes"] for i, node in enumerate(graph["nodes"]) if "bytes" in node},
+        "bytes": _amounts(graph["nodes"], "bytes"),
+        "flops": _amounts(graph["nodes"], "flops"),
         "stages": _stages(graph),
         "rewrites": [
             [each["stage"], texts(each["rule"]), [*map(texts, each["old"])], [*map(texts, each["new"])]]
@@ -48,6 +49,11 @@ def _graph(graph: Mapping[str, Any], texts: _Texts, files: Mapping[str, str]) ->
         ],
         "sources": {path: _cut(text, path) for path, text in files.items() if path.startswith("kernels/")},
     }
+
+
+def _amounts(nodes: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """What nodes cost, by index; most cost nothing."""
+    return {i: node[key] for i, node in enumerate(nodes) if node.get(key)}
 
 
 def _node(node: Mapping[str, Any], texts: _Texts) -> list[Any]:

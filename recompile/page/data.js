@@ -4,18 +4,19 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const FIELDS = ["name", "op", "target", "text", "value", "line", "module", "rule", "kernel"];
 
 function decodeGraph(raw, index) {
-  const graph = { ...raw, index, report: DATA.report.graphs[index], open: new Map(), stageCache: [] };
-  graph.nodes = raw.nodes.map((row, i) => decodeNode(row, i, raw.bytes[i]));
+  const graph = { ...raw, index, report: DATA.report.graphs[index], open: new Map(), stageCache: [], most: {} };
+  graph.nodes = raw.nodes.map((row, i) => decodeNode(row, i, { bytes: raw.bytes[i] || 0, flops: raw.flops[i] || 0 }));
   graph.names = new Set(graph.nodes.map((node) => node.name));
-  graph.measured = Object.keys(raw.bytes).length > 0;
+  graph.regions = new Map((graph.report ? graph.report.regions : []).map((region) => [region.name, region]));
+  graph.scales = scalesOf(graph);
   graph.rewrites = raw.rewrites.map(([stage, rule, old, made]) => ({
     stage, rule: DATA.texts[rule], old: old.map((t) => DATA.texts[t]), new: made.map((t) => DATA.texts[t]),
   }));
   return graph;
 }
 
-function decodeNode(row, index, bytes) {
-  const node = { index, bytes };
+function decodeNode(row, index, cost) {
+  const node = { index, ...cost };
   FIELDS.forEach((field, k) => { node[field] = DATA.texts[row[k]]; });
   node.module = node.module.replace(/^(L\['\w+'\]|self)\.?/, "");
   node.parameter = row[FIELDS.length] === 1;
@@ -57,6 +58,7 @@ function sourceStage(graph, k) {
 }
 
 const changedAt = (graph, k) => k === 0 || Boolean(graph.stages[k].order);
+const timeOf = (graph) => graph.stages.reduce((sum, stage) => sum + stage.ms, 0);  // of capture and passes, in milliseconds
 
 function stageOf(graph, k) {
   const at = sourceStage(graph, k);

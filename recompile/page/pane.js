@@ -6,7 +6,7 @@ const SPECKS = 0.25;  // the scale below which no label can be read
 class Pane {
   constructor(element, side, actions) {
     Object.assign(this, { element, side, actions, scale: 1, x: 0, y: 0, pointers: new Map() });
-    element.innerHTML = `<div class="caption"></div><svg role="img" aria-label="graph ${side} the pass">${MARKERS}<g class="camera"></g></svg>`;
+    element.innerHTML = `<div class="caption"></div><svg role="img" tabindex="0" aria-label="graph ${side} the pass; arrow keys walk along its edges">${MARKERS}<g class="camera"></g></svg>`;
     this.svg = element.querySelector("svg");
     this.camera = element.querySelector(".camera");
     this.listen();

@@ -19,7 +19,7 @@ function nodePanel(graph, k, stage, node) {
     row("value", node.value && `<code>${escapeText(node.value)}</code>`) +
     row("your line", lineHtml(node.line)) +
     row("module", node.module && `<code>${escapeText(node.module)}</code>`) +
-    row("bytes", node.bytes !== undefined && escapeText(node.bytes.toLocaleString("en"))) +
+    costRows(graph, [node]) +
     row("reads", nodeLinks([...new Set(readings.filter((other) => !other.parameter).map((other) => other.name))])) +
     row("weights", weights.map((other) => `${nodeLink(other.name)} <code>${escapeText(other.value)}</code>`).slice(0, 8).join("<br>") + (weights.length > 8 ? `<br>and ${weights.length - 8} more` : "")) +
     row("read by", nodeLinks(users)) +
@@ -78,7 +78,7 @@ function kernelHtml(graph, node) {
     `<pre class="code kernel">${coloured(source.slice(0, 6000), node.kernel)}${source.length > 6000 ? "\n…" : ""}</pre>`;
 }
 
-function groupPanel(box) {
+function groupPanel(graph, box) {
   const counts = new Map();
   for (const node of box.leaves) {
     const name = node.op === "placeholder" ? "input" : node.short;
@@ -89,7 +89,7 @@ function groupPanel(box) {
   const kind = { fold: "equal siblings", module: "module", line: "source line", part: "part of a long group" }[box.kind];
   const title = { fold: `${box.children.length} × ${groupTitle(box)}`, line: box.label.split(": ")[0] }[box.kind] || box.label;
   return `<h2>${escapeText(title)}</h2><p class="chips"><span class="chip">${kind}</span><span class="chip">${plural(box.leaves.length, "node")}</span></p>` +
-    `<p><button class="wide" data-toggle-key="${escapeText(box.key)}">${box.open ? "Close" : "Open"}</button></p><ul class="counts">${listed}</ul>` +
+    `<p><button class="wide" data-toggle-key="${escapeText(box.key)}">${box.open ? "Close" : "Open"}</button></p><ul class="counts">${listed}</ul><dl>${costRows(graph, box.leaves)}</dl>` +
     (lines.length ? `<h3>your lines</h3>${lines.slice(0, 5).map(lineHtml).join("")}${lines.length > 5 ? `<p class="note">and ${lines.length - 5} more</p>` : ""}` : "") +
     `<h3>nodes</h3><p>${nodeLinks(box.leaves.map((node) => node.name), 40)}</p>`;
 }
@@ -112,7 +112,7 @@ function rulesHtml(graph, rules) {
   const rowsHtml = told.map((rule) => `<tr><td>${escapeText(rule.name)}</td><td class="plus">${rule.fired}</td><td>${rule.tried}</td><td class="${rule.refused.length ? "minus" : ""}">${rule.refused.length}</td></tr>`).join("");
   return (told.length ? `<table><tr><th>rule</th><th>fired</th><th>tried</th><th>refused</th></tr>${rowsHtml}</table>` : `<p class="note">No rule fired or refused.</p>`) +
     told.map((rule) => refusalList(graph, rule)).join("") +
-    (idle.length ? `<h3>fired 0 times, for want of candidates</h3><p class="note">${idle.map((rule) => escapeText(rule.name) + (rule.tried ? ` (tried ${rule.tried})` : "")).join(", ")}</p>` : "");
+    (idle.length ? `<h3>fired 0 times</h3><p class="note">${idle.map((rule) => escapeText(rule.name) + (rule.tried ? ` (tried ${rule.tried})` : "")).join(", ")}</p>` : "");
 }
 
 // The refusals of a rule, sentences that differ only in the node they name once.
@@ -145,5 +145,7 @@ function regionsHtml(graph) {
   const regions = graph.report ? graph.report.regions : [];
   if (!regions.length) return "";
   return `<h3>${plural(regions.length, "region")} in the final graph</h3>` + regions.map((region) =>
-    `<div class="fused">${nodeLink(region.name)} <span>${escapeText(region.summary)}</span>${[...new Set(region.lines)].slice(0, 3).map(lineHtml).join("")}</div>`).join("");
+    `<div class="fused">${nodeLink(region.name)} <span>${escapeText(region.summary)}</span>${costsBrief(region)}${[...new Set(region.lines)].slice(0, 3).map(lineHtml).join("")}</div>`).join("");
 }
+
+const costsBrief = (region) => (region.before && region.after ? `<div class="place">${changeHtml(region, "bytes")} moved${region.measured ? `, ${duration(region.measured.ms)}` : ""}</div>` : "");

@@ -63,19 +63,5 @@ function countsHtml(graph, k) {
   return [gone && `<span class="minus">−${gone}</span>`, made && `<span class="plus">+${made}</span>`, changed && `<span class="amber">~${changed}</span>`].filter(Boolean).join(" ") || "reordered";
 }
 
-function legendHtml(graph, byBytes) {
-  if (byBytes) return `<span>bytes read and written</span>${[0, 1, 2, 3, 4].map((i) => `<i class="key bytes-${i}"></i>`).join("")}<span>${plural(Math.round(mostBytes(graph)), "byte")}</span>`;
-  return keysHtml(KIND_NAMES);
-}
-
 const CHANGE_NAMES = { gone: "removed", made: "added", changed: "changed" };
 const keysHtml = (names) => Object.entries(names).map(([kind, name]) => `<span><i class="key ${kind}"></i>${name}</span>`).join("");
-
-const mostBytes = (graph) => Math.max(1, ...graph.nodes.map((node) => node.bytes || 0));
-
-// One of five classes; a class is a factor of ten.
-function bytesClass(graph, box) {
-  const bytes = box.leaves.reduce((sum, node) => sum + (node.bytes || 0), 0);
-  if (!bytes) return "bytes-none";
-  return `bytes-${Math.max(0, Math.min(4, 4 + Math.ceil(Math.log10(bytes / mostBytes(graph)))))}`;
-}

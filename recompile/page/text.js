@@ -9,6 +9,15 @@ function milliseconds(ms) {
   return ms >= 10 ? `${ms.toFixed(0)} ms` : `${ms.toFixed(1)} ms`;
 }
 
+// A short time, with three digits.
+const duration = (ms) => (ms >= 0.1 ? `${Number(ms.toPrecision(3))} ms` : `${Number((1000 * ms).toPrecision(3))} µs`);
+
+// `9.29 MB`.
+function quantity(n, unit) {
+  const [size, prefix] = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([least]) => n >= least) || [1, ""];
+  return `${Number((n / size).toPrecision(3))} ${prefix}${unit}`;
+}
+
 const FONTS = { label: "600 12px ui-sans-serif, system-ui, sans-serif", sub: "11px ui-monospace, monospace" };
 const canvas = document.createElement("canvas").getContext("2d");
 const widths = new Map();

@@ -48,11 +48,17 @@ class Bindings:
 
     def name(self, name: str) -> Any:
         """What `name` stands for, here or further out; UNBOUND if nothing."""
-        return next((s.names[name] for s in reversed(self.scopes) if name in s.names), UNBOUND)
+        for scope in reversed(self.scopes):
+            if name in scope.names:
+                return scope.names[name]
+        return UNBOUND
 
     def matched(self, pattern: Pattern) -> Any:
         """What this very pattern has matched, here or further out; UNBOUND if nothing."""
-        return next((s.keys[pattern.key] for s in reversed(self.scopes) if pattern.key in s.keys), UNBOUND)
+        for scope in reversed(self.scopes):
+            if pattern.key in scope.keys:
+                return scope.keys[pattern.key]
+        return UNBOUND
 
     def dim(self, name: str, size: Any) -> Any:
         """The size that the dimension `name` stands for: `size` if it is new or lower case."""

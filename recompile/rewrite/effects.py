@@ -38,15 +38,17 @@ def updates_statistics(node: fx.Node) -> bool:
     return bool(given[_STATISTICS[op_name(node.target)]]) and given["running_mean"] is not None
 
 
-_harmless: dict[Any, bool] = {}
+# By identity, since an operator's own hash is slow; the operator is kept, so that nothing else gets its identity.
+_harmless: dict[int, tuple[Any, bool]] = {}
 
 
 def _is_harmless(node: fx.Node) -> bool:
     """Whether all calls of an ATen operator are pure, known from its schema: a short cut for most nodes."""
-    if node.target not in _harmless:
+    known = _harmless.get(id(node.target))
+    if known is None:
         fixed = is_wall(node) or is_random(node) or op_name(node.target) in _STATISTICS
-        _harmless[node.target] = not fixed
-    return _harmless[node.target]
+        known = _harmless[id(node.target)] = node.target, not fixed
+    return known[1]
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -73,11 +75,32 @@ def _only_reads(node: fx.Node) -> bool:
     return "unbacked_bindings" in node.meta and op_name(node.target) in _READS
 
 
+def _hides(node: fx.Node) -> bool:
+    """Whether it is unknown what `node` does."""
+    return is_wall(node) and not (
+        isinstance(node.target, OpOverload) or node.target is operator.setitem or _only_reads(node)
+    )
+
+
+def writes_to(node: fx.Node) -> list[Any]:
+    """The arguments that `node` writes to; all nodes among them where it hides what it does."""
+    if updates_statistics(node):
+        given = arguments(node)
+        return [given["running_mean"], given["running_var"]]
+    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+        given = arguments(node)
+        infos = [(arg.name, arg.alias_info) for arg in node.target._schema.arguments]
+        return [given[name] for name, info in infos if info is not None and info.is_write]
+    if node.target is operator.setitem:
+        return [node.args[0]]
+    return list(node.all_input_nodes) if _hides(node) else []
+
+
 def storages(value: Any) -> Iterator[int]:
     """Identities of the memory under a node's value, or under an argument made of nodes."""
     if isinstance(value, fx.Node):
-        yield from storages(value.meta.get("val"))
-    elif isinstance(value, torch.Tensor):
+        value = value.meta.get("val")
+    if isinstance(value, torch.Tensor):
         if value.layout is torch.strided:
             yield value.untyped_storage()._cdata
         elif value.is_nested:
@@ -139,11 +162,19 @@ class Effects:
 
     def between(self, node: fx.Node, other: fx.Node) -> fx.Node | None:
         """The wall that keeps `node` from being computed where `other` stands, or None."""
+        if not self._writes and self.region[node] == self.region[other]:
+            return None
         low, high = sorted((node, other), key=self.order.__getitem__)
         if self.region[low] != self.region[high]:
             return self.walls[self.region[low]]
-        reads = self._writes and storages([*node.all_input_nodes, node])
-        for storage in reads or ():
+        return self._write_between(low, high, [*node.all_input_nodes, node])
+
+    def overwritten(self, node: fx.Node, other: fx.Node) -> fx.Node | None:
+        """What writes to the memory of `node` before `other`, which stands later and reads it; or None."""
+        return self._write_between(node, other, [node])
+
+    def _write_between(self, low: fx.Node, high: fx.Node, of: list[fx.Node]) -> fx.Node | None:
+        for storage in storages(of) if self._writes else ():
             places = self._writes.get(storage, [])
             at = bisect_right(places, self.order[low])
             if at < len(places) and places[at] < self.order[high]:
@@ -196,25 +227,11 @@ class Effects:
 
     def _note(self, node: fx.Node) -> None:
         """Remember what `node` does to those after it."""
-        if updates_statistics(node):
-            given = arguments(node)
-            self._write(node, [given["running_mean"], given["running_var"]])
-        elif not is_wall(node):
-            return
-        elif isinstance(node.target, OpOverload):
-            given = arguments(node)
-            infos = [(arg.name, arg.alias_info) for arg in node.target._schema.arguments]
-            self._write(node, [given[name] for name, info in infos if info is not None and info.is_write])
-        elif node.target is operator.setitem:
-            self._write(node, [node.args[0]])
-        elif not _only_reads(node):
+        if _hides(node):
             self.walls.append(node)
             if node.target is _GRAD:
                 self.grad_switches.append(node)
-            self._write(node, node.all_input_nodes)  # for all we know
-
-    def _write(self, node: fx.Node, written: list[Any]) -> None:
-        for storage in storages(written):
+        for storage in storages(writes_to(node)):
             self._writes.setdefault(storage, []).append(self.order[node])
 
 

@@ -8,13 +8,13 @@ that it has; there what a call is given counts, such as a dim, and not what comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from recompile.rewrite.bindings import UNBOUND, Bindings, Scope
 from recompile.rewrite.effects import Effects, draws, is_pure
@@ -51,14 +51,15 @@ class Matcher:
     def __init__(self, pattern: Pattern | tuple[Pattern, ...], effects: Effects) -> None:
         self.outputs = pattern if isinstance(pattern, tuple) else (pattern,)
         self.effects = effects
-        self.starts = _starts(self.outputs[0])
+        self._targets = [_targets(output) for output in self.outputs]
         self.names = names(self.outputs)
         self._near = min(_NEAR, sum(map(_fewest, self.outputs)))
-        self._orders: dict[tuple[Operator, OpOverload], list[list[_Expected]]] = {}
+        self._calls: dict[tuple[int, int], _Call] = {}
+        self._above: dict[tuple[int, fx.Node, int], list[fx.Node]] = {}  # while nothing is rewritten
 
     def can_start(self, node: fx.Node) -> bool:
         """Whether the first output's operator is the one that `node` calls."""
-        return node.op == "call_function" and any(p.starts(node.target) for p in self.starts)
+        return id(node.target) in self._targets[0]
 
     def find(self, root: fx.Node) -> Found | None:
         """The first fit with the first output at `root`, or None: then `nearest` may say why."""
@@ -67,6 +68,7 @@ class Matcher:
         for _ in self._match(self.outputs[0], root):
             for roots in self._others(self.outputs[1:], (root,)):
                 if self._only_here(roots):
+                    self._above.clear()
                     return self._found(roots)
         return None
 
@@ -81,7 +83,11 @@ class Matcher:
             if same(bound, value):
                 yield
             else:
-                self._miss(f"expected {_show(bound)} again, found {_show(value)}", value, other=True)
+                self._miss(
+                    lambda: f"expected the same value twice, found {_show(bound)} and {_show(value)}",
+                    value,
+                    other=True,
+                )
             return
         mark = self._bound.mark()
         if self._is_kind(pattern, value) and self._fits(pattern, value) and self._bind(pattern, value):
@@ -107,9 +113,9 @@ class Matcher:
         else:
             ok = isinstance(pattern, (AnyOf, Anything))
         other = isinstance(pattern, Operator)
-        if ok or not self._is_nearer(len(self._bound.inner), other):
-            return ok  # most misses are not near, and their sentences cost time
-        return self._miss(f"expected {pattern.says()}, found {_show(value)}", value, other=other)
+        return ok or self._miss(
+            lambda: f"expected {pattern.says()}, found {_show(value)}", value, other=other
+        )
 
     def _fits(self, pattern: Pattern, value: Any) -> bool:
         """Whether dtype and dimensions are the expected ones; binds the dimensions' names."""
@@ -117,36 +123,41 @@ class Matcher:
             return True
         tensor = value.meta.get("val") if isinstance(value, fx.Node) else None
         if not isinstance(tensor, torch.Tensor):
-            return self._miss(f"expected a tensor, found {_show(value)}", value)
+            return self._miss(lambda: f"expected a tensor, found {_show(value)}", value)
         if pattern.dtypes and tensor.dtype not in pattern.dtypes:
-            wanted = " or ".join(map(str, pattern.dtypes))
-            return self._misfit(pattern, f"of {wanted}, found {tensor.dtype}", value)
+            return self._misfit(pattern, lambda: f"{_dtypes(pattern)}, found {tensor.dtype}", value)
         return pattern.dims is None or self._shape(pattern, value, tensor.shape)
 
     def _shape(self, pattern: Pattern, value: fx.Node, shape: Sequence[Any]) -> bool:
         dims = pattern.dims or ()
         if dims and dims[0] is ...:
             dims, shape = dims[1:], shape[max(0, len(shape) - len(dims) + 1) :]
-        text = f"of shape [{', '.join('...' if d is ... else str(d) for d in pattern.dims or ())}]"
         if len(dims) != len(shape):
-            return self._misfit(pattern, f"{text}, found {list(value.meta['val'].shape)}", value)
+            return self._misshaped(pattern, value)
         for dim, size in zip(dims, shape, strict=True):
             known = self._bound.dim(dim, size) if isinstance(dim, str) else dim
             if not same(known, size):
-                where = f" where {dim} is {known}, found {size}"
-                given = f", found {list(value.meta['val'].shape)}"
-                return self._misfit(pattern, text + (where if isinstance(dim, str) else given), value)
+                where = f" where {dim} is {known}, found {size}" if isinstance(dim, str) else ""
+                return self._misshaped(pattern, value, where)
         return True
 
-    def _misfit(self, pattern: Pattern, why: str, value: fx.Node) -> bool:
+    def _misshaped(self, pattern: Pattern, value: fx.Node, where: str = "") -> bool:
+        shape = value.meta["val"].shape
+        return self._misfit(pattern, lambda: f"{_dims(pattern)}{where or f', found {list(shape)}'}", value)
+
+    def _misfit(self, pattern: Pattern, why: Callable[[], str], value: fx.Node) -> bool:
         """A tensor of another dtype or shape; the operator that computes it is the expected one, if one is."""
-        return self._miss(f"expected {pattern.says()} {why}", value, sure=isinstance(pattern, Operator))
+        sure = isinstance(pattern, Operator)
+        return self._miss(lambda: f"expected {pattern.says()} {why()}", value, sure=sure)
 
     def _bind(self, pattern: Pattern, value: Any) -> bool:
         known = self._bound.name(pattern.name) if pattern.name else UNBOUND
         if known is not UNBOUND and not same(known, value):
-            again = f"expected {pattern.name} to be {_show(known)} again, found {_show(value)}"
-            return self._miss(again, value, other=True)
+            return self._miss(
+                lambda: f"expected the same {pattern.name} twice, found {_show(known)} and {_show(value)}",
+                value,
+                other=True,
+            )
         scope = self._bound.scopes[-1]
         if pattern.name and known is UNBOUND:
             self._bound.set(scope.names, pattern.name, value)
@@ -161,16 +172,15 @@ class Matcher:
     def _operator(self, pattern: Operator, node: fx.Node) -> Iterator[None]:
         self._bound.set(self._bound.inner, node)
         if (why := self._fixed(node)) is not None:
-            self._miss(why, node)
+            self._miss(lambda: why, node)
             return
         if not isinstance(node.target, OpOverload):
             yield from self._list(pattern.args, node.args, node)
             return
-        found = bind(node.target, node.args, node.kwargs) or {}
-        orders = self._orders.get((pattern, node.target))
-        if orders is None:
-            orders = self._orders[pattern, node.target] = _orders(pattern, node.target)
-        for expected in orders:
+        key = id(pattern), id(node.target)  # an operator's own hash is slow
+        call = self._calls.get(key) or self._calls.setdefault(key, _call(pattern, node.target))
+        found = dict(zip(call.names, node.args, strict=False)) | node.kwargs
+        for expected in call.orders:
             yield from self._arguments(node, expected, found)
 
     def _fixed(self, node: fx.Node) -> str | None:
@@ -186,6 +196,8 @@ class Matcher:
     ) -> Iterator[None]:
         waiting: list[tuple[Any, Any]] = []
         for arg, value, is_pattern in expected:
+            if arg.name not in given and value is arg.default:
+                continue
             found = normal(node, arg, given.get(arg.name, arg.default))
             if is_pattern:
                 waiting.append((value, found))
@@ -193,30 +205,34 @@ class Matcher:
                 waiting.append((_Literal(node, arg, wanted), found))
         yield from self._all(waiting, node)
 
-    def _all(self, pairs: Sequence[tuple[Any, Any]], node: fx.Node) -> Iterator[None]:
-        if not pairs:
+    def _all(self, pairs: Sequence[tuple[Any, Any]], node: fx.Node, done: int = 0) -> Iterator[None]:
+        if done == len(pairs):
             yield
             return
-        expected, found = pairs[0]
+        expected, found = pairs[done]
         for _ in self._one(expected, found, node):
-            yield from self._all(pairs[1:], node)
+            yield from self._all(pairs, node, done + 1)
 
     def _one(self, expected: Any, found: Any, node: fx.Node) -> Iterator[None]:
         if isinstance(expected, Pattern):
-            yield from self._match(expected, found)
-        elif isinstance(expected, _Literal):
-            self._miss(expected.says(found), node)
+            return self._match(expected, found)
+        return self._same(expected, found, node)
+
+    def _same(self, expected: Any, found: Any, node: fx.Node) -> Iterator[None]:
+        if isinstance(expected, _Literal):
+            self._miss(lambda: expected.says(found), node)
         elif isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)):
             yield from self._list(expected, found, node)
         elif same(expected, found):
             yield
         else:
-            self._miss(f"expected {_show(expected)}, found {_show(found)}", node)
+            self._miss(lambda: f"expected {_show(expected)}, found {_show(found)}", node)
 
     def _list(self, expected: Sequence[Any], found: Sequence[Any], node: fx.Node) -> Iterator[None]:
         if len(expected) != len(found):
             self._miss(
-                f"expected {plural(len(expected), 'element')} in {node.name}, found {len(found)}", node
+                lambda: f"expected {plural(len(expected), 'element')} in {node.name}, found {len(found)}",
+                node,
             )
             return
         yield from self._all(list(zip(expected, found, strict=True)), node)
@@ -256,23 +272,25 @@ class Matcher:
         if not rest:
             yield roots
             return
-        for root in self._candidates(rest[0]):
+        for root in self._candidates(rest[0], self._targets[-len(rest)]):
             for _ in self._match(rest[0], root):
                 yield from self._others(rest[1:], (*roots, root))
 
-    def _candidates(self, pattern: Pattern) -> list[fx.Node]:
+    def _candidates(self, pattern: Pattern, targets: set[int]) -> list[fx.Node]:
         """Nodes where another output can be: above a part of it that is bound already."""
         bound = [(self._already(p), depth) for p, depth in _depths(pattern, 0)]
         known = [(depth, node) for node, depth in bound if isinstance(node, fx.Node)]
         if not known:
             return []
         depth, node = min(known, key=lambda pair: pair[0])
-        level, seen = {node: None}, {node: None}
-        for _ in range(depth):
-            level = {user: None for n in level for user in n.users}
-            seen |= level
-        starts = _starts(pattern)
-        return [n for n in seen if n not in self._bound.inner and any(p.starts(n.target) for p in starts)]
+        key = id(pattern), node, depth
+        if key not in self._above:
+            level, seen = {node: None}, {node: None}
+            for _ in range(depth):
+                level = {user: None for n in level for user in n.users}
+                seen |= level
+            self._above[key] = [n for n in seen if id(n.target) in targets]
+        return [n for n in self._above[key] if n not in self._bound.inner]
 
     def _already(self, pattern: Pattern) -> Any:
         """What `pattern` has matched, or a pattern of the same name."""
@@ -280,28 +298,33 @@ class Matcher:
         return self._bound.name(pattern.name) if matched is UNBOUND and pattern.name else matched
 
     def _only_here(self, roots: tuple[fx.Node, ...]) -> bool:
-        for node in self._bound.once:
-            for user in node.users:
-                if user not in self._bound.inner and node not in roots:
-                    return self._miss(f"{node.name} is also used by {user.name}", node, sure=True)
-        return True
+        once, inner = self._bound.once, self._bound.inner
+        pairs = (
+            (node, user) for node in once if node not in roots for user in node.users if user not in inner
+        )
+        outside = next(pairs, None)
+        if outside is None:
+            return True
+        node, user = outside
+        return self._miss(lambda: f"{node.name} is also used by {user.name}", node, sure=True)
 
     def _found(self, roots: tuple[fx.Node, ...]) -> Found:
         inner = sorted(self._bound.inner, key=self.effects.order.__getitem__)
         bound = self._bound.scopes[0]
         return Found(roots, tuple(inner), dict.fromkeys(self.names) | bound.names, dict(bound.dims))
 
-    def _miss(self, why: str, at: Any, sure: bool = False, other: bool = False) -> bool:
+    def _miss(self, why: Callable[[], str], at: Any, sure: bool = False, other: bool = False) -> bool:
         """Keep the failure that got farthest. Always False.
 
         Args:
+            why: makes the sentence, which costs time and is needed of few.
             sure: one more operator has fitted than is bound.
             other: something else computes what is read here, which a single operator does not make worth telling.
         """
         reached = len(self._bound.inner) + sure
         if self._is_nearer(reached, other):
             self._best = reached
-            self.nearest = why, at if isinstance(at, fx.Node) else self.root
+            self.nearest = why(), at if isinstance(at, fx.Node) else self.root
         return False
 
     def _is_nearer(self, reached: int, other: bool) -> bool:
@@ -329,18 +352,29 @@ class _Expected(NamedTuple):
     is_pattern: bool
 
 
-def _orders(pattern: Operator, op: OpOverload) -> list[list[_Expected]]:
+class _Call(NamedTuple):
+    """How a pattern's operator and a node's meet: the names of positional arguments, and what is expected of all."""
+
+    names: list[str]
+    orders: list[list[_Expected]]
+
+
+def _call(pattern: Operator, op: OpOverload) -> _Call:
     """What the pattern expects of the arguments of `op`, in one or both orders of its operands."""
+    positional = [arg.name for arg in schema(op) if arg.positional]
     given = bind(op, pattern.args, pattern.kwargs)
     if given is None:
-        return []
+        return _Call(positional, [])
     orders = [given]
     if is_commutative(op) and len(pattern.args) == 2 and not pattern.kwargs:
         first, second = given
         orders.append({first: given[second], second: given[first]})
     mentioned = [arg for arg in schema(op) if arg.name in given or not pattern.rest]
     values = [[(arg, order.get(arg.name, arg.default)) for arg in mentioned] for order in orders]
-    return [[_Expected(arg, v, any(True for _ in inside(v))) for arg, v in order] for order in values]
+    return _Call(
+        positional,
+        [[_Expected(arg, v, any(True for _ in inside(v))) for arg, v in order] for order in values],
+    )
 
 
 def _starts(pattern: Pattern) -> list[Operator]:
@@ -350,6 +384,14 @@ def _starts(pattern: Pattern) -> list[Operator]:
     if isinstance(pattern, AnyOf):
         return [start for option in pattern.options for start in _starts(option)]
     raise TypeError(f"a pattern starts with an operator, not with {pattern.says()}")
+
+
+def _targets(pattern: Pattern) -> set[int]:
+    """The identities of what a node calls that a match can start at."""
+    targets = [start.target for start in _starts(pattern)]
+    packets = [target for target in targets if isinstance(target, OpOverloadPacket)]
+    overloads = [getattr(packet, name) for packet in packets for name in packet.overloads()]  # type: ignore[no-untyped-call]
+    return {id(target) for target in [*targets, *overloads]}
 
 
 def _depths(pattern: Any, depth: int) -> Iterator[tuple[Pattern, int]]:
@@ -371,6 +413,14 @@ def _fewest(pattern: Any) -> int:
         return min(map(_fewest, pattern.options))
     own = isinstance(pattern, Operator)
     return own + sum(map(_fewest, pattern.parts())) if isinstance(pattern, Pattern) else 0
+
+
+def _dtypes(pattern: Pattern) -> str:
+    return f"of {' or '.join(map(str, pattern.dtypes))}"
+
+
+def _dims(pattern: Pattern) -> str:
+    return f"of shape [{', '.join('...' if d is ... else str(d) for d in pattern.dims or ())}]"
 
 
 def _is_constant(value: Any) -> bool:

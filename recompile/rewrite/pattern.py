@@ -147,9 +147,13 @@ def any_of(*options: Pattern, tag: str = "") -> AnyOf:
     return AnyOf(options, tag, tuple(range(len(options))))
 
 
-def optional(operator: Operator, *, tag: str = "") -> AnyOf:
-    """`operator` or, where it is absent, its first argument; `m[tag]` tells whether it was there."""
-    return AnyOf((operator, operator.args[0]), tag, (True, False))
+def optional(operator: Operator, absent: Pattern | None = None, *, tag: str = "") -> AnyOf:
+    """`operator` or, where it is absent, what is left; `m[tag]` tells whether it was there.
+
+    Args:
+        absent: the pattern of what is left: the operator's first argument unless said.
+    """
+    return AnyOf((operator, operator.args[0] if absent is None else absent), tag, (True, False))
 
 
 def inside(pattern: Any) -> Iterator[Pattern]:

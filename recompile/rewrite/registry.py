@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import TypeVar, overload
 
 from recompile.errors import RecompileError
@@ -49,7 +51,10 @@ def register(
 
 
 def registered() -> dict[str, type[Pass]]:
-    """All known passes by name: ours, and those that packages offer as entry points `recompile.passes`."""
+    """All known passes by name: ours, and those that packages offer as entry points `recompile.passes`.
+
+    One that fails to load or whose name is taken is left out, with a warning.
+    """
     _load()
     return dict(_known)
 
@@ -59,6 +64,21 @@ def _load() -> None:
     from recompile import passes  # noqa: F401  (importing it registers ours)
 
     for entry in entry_points(group="recompile.passes"):
-        found = entry.load()  # a pass, or a module that registers some
-        if isinstance(found, type) and issubclass(found, Pass) and found.name() not in _known:
-            register(found)
+        try:
+            _take(entry.load())
+        except Exception as error:  # a package that fails must not cost its user every model
+            package = entry.dist.name if entry.dist else "?"
+            warnings.warn(
+                f"recompile: the entry point {entry.name} = {entry.value} of package {package} is left out: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+
+
+def _take(found: object) -> None:
+    """Registers what an entry point names: a pass, or a module, which has registered some."""
+    if isinstance(found, type) and issubclass(found, Pass):
+        found()  # as `passes="default"` makes it
+        register(found)
+    elif not isinstance(found, ModuleType):
+        raise TypeError(f"{found!r} is neither a pass nor a module that registers some")

@@ -16,6 +16,7 @@ from recompile.rewrite.effects import Effects, is_pure
 from recompile.rewrite.match import Found, Matcher
 from recompile.rewrite.pattern import Ops, Pattern, aten_packet
 from recompile.rewrite.replace import replace
+from recompile.rewrite.schema import is_size
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,17 @@ class Match:
     def val(self, name: str) -> torch.Tensor:
         """The fake tensor of the node `m[name]`: its shape, dtype and device."""
         return self.node(name).meta["val"]  # type: ignore[no-any-return]
+
+    def size(self, name: str) -> Any:
+        """The constant `m[name]`, where it is one number: an int or a float, or of a dynamic size the SymInt.
+
+        Raises:
+            TypeError: it is something else.
+        """
+        value = self[name]
+        if not is_size(value):
+            raise TypeError(f"{name} is {value!r}, not a number")
+        return value.meta["val"] if isinstance(value, fx.Node) else value
 
     @property
     def dims(self) -> dict[str, Any]:
@@ -155,7 +167,7 @@ def place(found: Found, effects: Effects) -> fx.Node:
         walls = (effects.between(node, last) for node in found.inner)
         if order(last) < order(first) and not any(walls):
             return last
-    raise Refuse(f"{first.name} needs one part of it before the others can be computed", first)
+    raise Refuse(f"{first.name} reads one of the results before the others can be computed", first)
 
 
 def _sweep_up(found: Found) -> list[fx.Node]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
-from unittest import mock
 
 from torch._inductor.graph import GraphLowering
 
@@ -22,29 +22,35 @@ _LAUNCH = re.compile(
 )
 
 
+_listeners: list[Callable[[str], object]] = []
+
+
 @contextmanager
 def programs() -> Iterator[list[str]]:
     """The source of every program that Inductor makes, or loads, inside the `with` block."""
     sources: list[str] = []
-    with mock.patch.object(GraphLowering, "save_output_code", _also(sources.append)):
+    hear(sources.append)
+    try:
         yield sources
+    finally:
+        _listeners.remove(sources.append)
 
 
 def hear(listener: Callable[[str], object]) -> None:
     """Tells `listener` the source of every program that Inductor makes, or loads, from now on."""
-    GraphLowering.save_output_code = _also(listener)
+    _listeners.append(listener)
+    _connect()
 
 
-def _also(listener: Callable[[str], object]) -> Callable[[str], None]:
-    """`listener` after the one that is there."""
+@cache
+def _connect() -> None:
     before: Callable[[str], object] | None = GraphLowering.save_output_code
 
     def tell(source: str) -> None:
-        if before is not None:
-            before(source)
-        listener(source)
+        for listener in ([before] if before is not None else []) + _listeners:
+            listener(source)
 
-    return tell
+    GraphLowering.save_output_code = tell
 
 
 class Kernel(NamedTuple):

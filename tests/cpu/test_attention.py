@@ -347,6 +347,10 @@ def softmax_over_queries(q, k, v):
     return (q @ k.mT).softmax(-2) @ v
 
 
+def softmax_over_heads(q, k, v):
+    return (q @ k.mT).softmax(1) @ v
+
+
 def values_made_of_scores(q, k, v):
     scores = q @ k.mT
     return scores.softmax(-1) @ (v * scores.mean())
@@ -387,11 +391,12 @@ def a_chain(q, k, v):
 REFUSED = [
     (scores_returned, "scores are also returned to the caller", "softmax"),
     (softmax_over_queries, "softmax runs over the query axis", "softmax"),
+    (softmax_over_heads, "softmax runs over dim 1, not over the keys", "softmax"),
     (values_made_of_scores, "scores are also read by mean", "matmul"),
     (wiped_in_place, "the scores are written in place", ""),
     (drawn_in_place, "bernoulli_ between the scores and the values is not supported", "bernoulli_"),
     (accumulated, "cumsum between the scores and the values is not supported", "cumsum"),
-    (of_two_products, "the weights are made of two products", "matmul"),
+    (of_two_products, "the attention weights are made of two products", "matmul"),
     (softmax_of_softmax, "two softmaxes stand one after the other", "softmax_1"),
     (powers_of_the_softmax, "the softmax' result is not just multiplied: p**2", ""),
     (a_chain, "the scores are used as they are: it is a chain of products", ""),

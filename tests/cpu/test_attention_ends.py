@@ -63,7 +63,7 @@ def soft(scores):
 
 Q, BATCH, HEADS = (N, D), (B, N, D), (B, H, N, D)
 PAIRS = "each pair of a query and a key has features of its own"
-ONCE = "the weights are the same for all samples, or heads: they are computed once"
+ONCE = "the attention weights are the same for all samples, or heads: they are computed once"
 LAYER = "the keys are the same for all samples: it is a layer, no attention"
 CASES = {  # the model, the shapes of its inputs, and the refusal; None if it is rewritten
     "one sample, no heads: silu": (lambda q, k, v: F.silu(q @ k.T) @ v, [Q] * 3, None),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,28 @@ def test_a_dump_changes_no_cache_key_and_shows_kernels_from_the_cache(tmp_path, 
     found = {file.name for file in (tmp_path / "out" / "graph-0" / "kernels").iterdir()}
     assert {"lookup_default.cpp", "lookup_default-backward.cpp", "inductor.py"} <= found
     assert (tmp_path / "out" / "index.html").exists()
+
+
+def test_what_is_measured_is_in_the_dump(tmp_path):
+    with recompile.dump(tmp_path) as out, torch.no_grad():
+        recompile.explain(Towers(), torch.randint(0, 20, (6, 3)), profile=True)
+        report = recompile.Report.from_json((out / "report.json").read_text())
+    (graph,) = report.graphs
+    assert [region.measured.ms > 0 for region in graph.regions] == [True, True]
+    assert graph.ceilings.bytes > 1e8 and graph.ceilings.flops > 1e8
+    data = re.search(r'id="data">(.*?)</script>', (out / "index.html").read_text(), re.DOTALL)[1]
+    assert json.loads(data)["report"] == json.loads(report.to_json())
+
+
+def test_a_trace_shows_kernels_by_the_names_that_a_dump_gives_them(tmp_path):
+    ids, named = torch.randint(0, 20, (6, 3)), {"inductor": {"cpp.enable_kernel_profile": True}}
+    compiled = torch.compile(Towers(), backend="recompile", options=named)
+    with recompile.dump(tmp_path / "out") as out, torch.no_grad():
+        compiled(ids)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            compiled(ids)
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    ranges = {event["name"].split()[-1] for event in events if event["name"].startswith("recompile::lookup")}
+    texts = [file.read_text() for file in (out / "graph-0" / "kernels").glob("lookup_default*.cpp")]
+    assert ranges == {re.search(r"called (\w+) in Inductor", text)[1] for text in texts} and len(ranges) == 2

@@ -71,11 +71,13 @@ def test_every_dtype_and_kind_in_one_group(dtype, ids_dtype):
             Bag(1, (1,), "sum", keep="Ne(x0, 0)", divisor="count + 1.0e-16"),
             Bag(2, (3, 5), "sum", weight="x1", offsets=4),
             Bag(2, (3,), "max", offsets=4),
+            Bag(1, (1,), "sum", divisor="sqrt(count)", dtype="float32" if dtype.itemsize == 2 else ""),
         ),
         (
             Output("concat", (0, ~2, 1, 2, 3)),
             Output("sum_of_squares", (0, ~6), 2),
             Output("sum", (0, 2, ~6), 4),
+            Output("concat", (4,)),
         ),
     )
     loose = {"rtol": 4e-2, "atol": 6e-2} if dtype.itemsize == 2 else {}

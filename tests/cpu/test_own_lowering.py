@@ -104,9 +104,25 @@ def test_strided_inputs_are_copied(own):
 
 def test_a_dtype_without_a_kernel_is_compiled_from_the_reference(own):
     x = drawn(6)
-    report = assert_same(own.DotInteraction(), (x[0], x[1:]), train=True, options={"strict": True})
+    report = assert_same(own.DotInteraction(), (x[0], x[1:]), train=True)
     (found,) = report.graphs[0].regions
     assert found.op == "recompile.interaction.default" and found.summary.endswith(NO_KERNEL)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return 2.0 * x
+
+
+def test_only_the_dtype_that_a_kernel_is_for_tells_that_it_is_wrong(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setitem(registry._known, "fuse-multiple", FuseMultiple)
+    region(cpp=multiple_cpp)(multiple)
+    assert_same(Twice(), (torch.randn(4),), train=True, dtype=torch.float32)
+    region(cpp=lambda x, out, *, threads, by: multiple_cpp(x, out, threads=threads, by=by + 1))(multiple)
+    assert_same(Twice(), (torch.randn(4),))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(Twice(), (torch.randn(4),), dtype=torch.float32)
 
 
 def test_the_report_and_the_dump_show_it(own, tmp_path, capsys):

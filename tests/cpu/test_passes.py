@@ -142,7 +142,7 @@ def test_spellings_of_ids(name):
         Ids(IDS[name]), lambda b: (torch.randint(0, 20, (b, 3)),), generated=name in ("column", "int32")
     )
     assert rule(graph, "fuse-lookups").fired == 3
-    assert graph.regions[0].summary == "3 bags over 3 tables -> concat"
+    assert graph.regions[0].summary == "3 lookups over 3 tables -> concat"
 
 
 class Bags(nn.Module):
@@ -259,7 +259,7 @@ def test_writes_elsewhere_do_not_split_a_group():
             return torch.cat(e[:2], 1) * logit
 
     graph = run(Logit(), lambda b: (torch.randint(0, 20, (b, 4)),), generated=False)
-    assert [r.summary for r in graph.regions] == ["4 bags over 4 tables -> concat, sum"]
+    assert [r.summary for r in graph.regions] == ["4 lookups over 4 tables -> concat, sum"]
 
 
 def test_a_concatenation_that_waits_for_other_values_is_split():
@@ -274,7 +274,7 @@ def test_a_concatenation_that_waits_for_other_values_is_split():
             return torch.cat([e[0], e[1], self.top(e[2])], 1)
 
     graph = run(Waits(), lambda b: (torch.randint(0, 20, (b, 3)),), generated=False)
-    assert [r.summary for r in graph.regions] == ["2 bags over 2 tables -> concat"]
+    assert [r.summary for r in graph.regions] == ["2 lookups over 2 tables -> concat"]
 
 
 def test_a_factorization_machine_on_one_big_table():
@@ -288,7 +288,7 @@ def test_a_factorization_machine_on_one_big_table():
             return torch.cat([rows.flatten(1), rows.sum(1) ** 2 - (rows**2).sum(1)], 1)
 
     graph = run(OneBigTable(), lambda b: (torch.randint(0, 20, (b, 3)),))
-    assert [r.summary for r in graph.regions] == ["1 bag over 1 table -> concat, sum_of_squares, sum"]
+    assert [r.summary for r in graph.regions] == ["1 lookup over 1 table -> concat, sum_of_squares, sum"]
 
 
 def test_strided_offsets():

@@ -161,7 +161,10 @@ def random_numbers(q, k, v):
 STAYS = {  # the refusals, and the model
     "an input": ([], into_an_input),
     "outputs that share memory": (["mul_ and view are outputs that share memory"], outputs_share),
-    "data without its gradient": (["a write into a view by detach stays"], through_detach),
+    "data without its gradient": (
+        ["a write through detach stays in place: no operator gives its result as a new tensor"],
+        through_detach,
+    ),
     "no_grad": (["mul_ writes without gradients to what may have some"], without_gradients),
     "autocast": (["autocast lets baddbmm compute in another dtype than baddbmm_"], product_under_autocast),
     "random numbers": (["uniform_ draws random numbers in place"], random_numbers),

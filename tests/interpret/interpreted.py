@@ -60,12 +60,14 @@ def test_every_dtype_and_kind_in_one_group(dtype, ids_dtype):
         Bag(1, (1,), "sum", keep="Ne(x0, 0)", divisor="count + 1.0e-16"),
         Bag(2, (3, 5), "sum", weight="x1", offsets=4),
         Bag(2, (3,), "max", offsets=4),
+        Bag(1, (1,), "sum", divisor="sqrt(count)", dtype="float32" if dtype.itemsize == 2 else ""),
     )
     outputs = (
         Output("concat", (0, ~2, 1, 2, 3)),
         Output("concat", (3, 0)),
         Output("sum_of_squares", (0,), 2),
         Output("sum", (0, 2), 4),
+        Output("concat", (4,)),
     )
     spec = Lookup((Table("a", 4), Table("b", 3), Table("c", 4)), bags, outputs)
     loose = {"rtol": 4e-2, "atol": 6e-2} if dtype.itemsize == 2 else {}

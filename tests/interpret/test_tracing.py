@@ -76,20 +76,40 @@ def fields(a, b, x, y, seq):
     return torch.cat([*rows, pooled], 1)
 
 
-@pytest.mark.parametrize("device, expected", [("cuda", "lookup_triton"), ("cpu", "lookup")])
-def test_passes_emit_the_op_of_the_tables_device(device, expected):
+def rewritten(device, learn=False):
+    """The lookups that are left of `fields`."""
     with FakeTensorMode():
         tables = [torch.empty(30, 8, device=device) for _ in range(2)]
         ids = [torch.empty(6, device=device, dtype=torch.int64) for _ in range(2)]
         gm = make_fx(fields, pre_dispatch=True)(
             *tables, *ids, torch.empty(6, 5, device=device, dtype=torch.int64)
         )
+    for table in gm.graph.find_nodes(op="placeholder")[:2]:
+        table.meta["val"].requires_grad_(learn)
     for rewrite in (PoolSequences(), FuseLookups()):
         rewrite.run(gm.graph, Context(Options()))
-    found = [n for n in gm.graph.nodes if op.is_lookup(n.target) and n.users]
+    return [n for n in gm.graph.nodes if op.is_lookup(n.target) and n.users]
+
+
+@pytest.mark.parametrize("device, expected", [("cuda", "lookup_triton"), ("cpu", "lookup")])
+def test_passes_emit_the_op_of_the_tables_device(device, expected):
+    found = rewritten(device)
     assert [n.target.name() for n in found] == [f"recompile::{expected}"]
     assert len(Lookup.parse(found[0].args[2]).bags) == 3
     assert [u.target for u in found[0].users] == [operator.getitem]
+
+
+def test_gradients_that_are_added_in_any_order_are_left_to_pytorch_where_that_is_asked_for():
+    torch.use_deterministic_algorithms(True)
+    try:
+        left = {
+            (device, learn): len(rewritten(device, learn))
+            for device in ("cpu", "cuda")
+            for learn in (False, True)
+        }
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert left == {("cpu", False): 1, ("cpu", True): 1, ("cuda", False): 1, ("cuda", True): 0}
 
 
 def test_a_device_without_kernels_is_refused():

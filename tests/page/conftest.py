@@ -28,7 +28,11 @@ def folder(tmp_path_factory):
     # A browser's driver cannot hand over a lone surrogate; tests/unit/test_page.py has one.
     hostile = tables(4, HOSTILE.replace("\ud800", ""))
     dumps = {"tables": tables(1000), "few": with_costs(tables(4)), "hostile": hostile, "large": large()}
-    dumps |= {"failed": failed(tables(4)), "several": both(tables(2), tables(8))}
+    dumps |= {
+        "failed": failed(tables(4)),
+        "several": both(tables(2), tables(8)),
+        "measured": measured(tables(4)),
+    }
     for name, dump in dumps.items():
         (made / f"{name}.html").write_text(html(*dump), encoding="utf-8")
     return made
@@ -37,6 +41,20 @@ def folder(tmp_path_factory):
 def with_costs(dump):
     for k, node in enumerate(dump[1][0]["nodes"]):
         node["bytes"] = 10.0**k
+    return dump
+
+
+def measured(dump):
+    """As after `explain(profile=True)`: a region's costs and time, and what the machine reaches."""
+    report, (graph,), _ = dump
+    for node in graph["nodes"]:
+        layer = "linear" in node["target"]
+        node |= {"bytes": 4096, "flops": 2e6 if layer else 0} if node["op"] == "call_function" else {}
+    cost = {"bytes": "9290000", "flops": "1510000", "example_bytes": 9290000, "example_flops": 1510000}
+    own = {"bytes": "90900*s0", "flops": "1060000", "example_bytes": 5817600, "example_flops": 1060000}
+    report["graphs"][0]["ceilings"] = {"bytes": 1e10, "flops": 1e11}
+    time = {"ms": 0.279, "bound": "memory", "reached": 0.52}
+    report["graphs"][0]["regions"][0] |= {"before": cost, "after": own, "measured": time}
     return dump
 
 
@@ -54,7 +72,7 @@ def failed(dump):
     undone, skipped = report["graphs"][0]["passes"]
     undone["error"], skipped["skipped"] = "RecompileError: <b>x</b>", "its numerics are fast"
     refusal = {
-        "why": "of an internal error, <i>ValueError</i>",
+        "why": "recompile has an internal error, <i>ValueError</i>",
         "node": "",
         "line": "model.py:1 in forward: x",
     }

@@ -103,7 +103,7 @@ def test_selection_shows_the_node_and_follows_the_rewrite(page):
     assert "lookup_default" in panel and "made by fuse-lookups" in panel and "model.py:5 in forward" in panel
     assert "void lookup(const float* table" in panel
     assert "void" in page.texts("#panel .c-keyword")
-    assert page.address() == "#graph=0&pass=2&node=lookup_default"
+    assert page.address() == "#graph=0&pass=fuse-lookups&node=lookup_default"
 
 
 def test_selection_follows_backwards_too(page):
@@ -135,6 +135,8 @@ def test_a_link_restores_the_view(page):
     assert "tables.7.weight" in page.panel()
     page.open("tables", "graph=0&pass=2&view=diff")
     assert page.texts("#tabs .on") == ["Diff"]
+    page.open("tables", "pass=canonicalize")
+    assert page.texts(".pass.chosen .name") == ["canonicalize"]
 
 
 def test_a_link_to_what_is_not_there_says_so(page):
@@ -270,11 +272,60 @@ def test_a_phone_shows_one_side_and_never_scrolls_sideways(page):
 
 def test_costs_colour_the_boxes(page):
     page.open("few", "pass=2&side=after")
-    assert not page.texts(".bytes-4")
+    assert not page.texts(".heat-4")
     page.find("#colour").click()
-    assert page.texts(".box.bytes-4 > .label") == ["linear"]
+    assert page.texts(".box.heat-4 > .label") == ["linear"]
     page.open("tables", "pass=0")
     assert page.js("return document.getElementById('colour').hidden")
+
+
+def test_boxes_are_coloured_by_every_cost_that_is_known(page):
+    page.open("measured", "pass=fuse-lookups&side=after")
+    seen = []
+    for _ in range(5):
+        page.key("b")
+        seen += page.texts("#colour")
+    assert seen == ["By bytes", "By operations", "By predicted time", "By measured time", "By kind"]
+    page.open("measured", "pass=fuse-lookups&side=after&colour=measured")
+    assert page.texts(".box.heat-4 > .label") == ["lookup"] and "0.279 ms" in page.find("#legend").text
+    page.key("b", "b", "b", "b")
+    assert "colour=predicted" in page.address()
+    assert page.texts(".box.heat-4 > .label") == ["linear", "linear"]
+    page.open("few", "colour=predicted")  # no machine is known
+    assert page.texts("#colour") == ["By kind"]
+
+
+def test_the_panel_tells_what_a_region_costs_beside_what_it_replaced(page):
+    page.open("measured", "pass=fuse-lookups&node=lookup_default")
+    shown = page.panel()
+    assert (
+        "9.29 MB → 5.82 MB" in shown and "9290000 → 90900*s0" in shown and "1.51 MFLOP → 1.06 MFLOP" in shown
+    )
+    assert "0.279 ms measured, bound by memory, 52% of what the machine reaches" in shown
+    page.click_box("linear")
+    assert "4.1 kB" in page.panel() and "20 µs predicted" in page.panel()
+    page.open("measured", "pass=fuse-lookups")
+    assert "9.29 MB → 5.82 MB" in page.panel()
+
+
+def test_arrow_keys_walk_along_the_edges(page):
+    page.open("few", "pass=fuse-lookups&side=after")
+    walked = []
+    for key in (Keys.UP, Keys.DOWN, Keys.DOWN, Keys.DOWN, Keys.UP, Keys.LEFT):
+        page.key(key)
+        walked += page.selected()
+    assert walked == [f"4 {CROSS} ids_*", "lookup", "getitem", "linear", "getitem", "getitem"]
+    assert "node=getitem" in page.address() and "getitem" in page.panel()
+    page.key("d", Keys.UP)  # scrolls the text
+    assert "node=getitem" in page.address()
+    page.open("few", "pass=captured&node=embedding_1")
+    page.key(Keys.RIGHT)
+    assert page.selected() == ["embedding_2"]
+    page.key(Keys.LEFT, Keys.LEFT, Keys.DOWN)
+    assert page.selected() == ["cat"]
+    assert page.js("const { svg } = panes.after; svg.focus(); return document.activeElement === svg")
+    page.key("?")
+    assert "to a box that reads the selected one" in page.find("#help").text
 
 
 def test_kernels_are_listed_with_their_source(page):
@@ -300,7 +351,7 @@ def test_what_failed_is_said(page):
     page.key("g")
     assert "graph=1" in page.address()
     assert page.texts(".banner") == [
-        "Compiled by plain Inductor: of an internal error, <i>ValueError</i> model.py:1 in forward: x"
+        "Compiled by plain Inductor: recompile has an internal error, <i>ValueError</i> model.py:1 in forward: x"
     ]
 
 
@@ -308,8 +359,8 @@ def test_the_largest_graph_is_shown_first(page):
     page.open("several")
     assert "graph=1" in page.address()
     assert page.texts("#graphs option") == [
-        "0: Model.forward model.py:5 (12 nodes)",
-        "1: Model.forward model.py:5 (30 nodes)",
+        "0: Model.forward model.py:5 (12 nodes, 23 ms)",
+        "1: Model.forward model.py:5 (30 nodes, 23 ms)",
     ]
 
 
@@ -319,12 +370,13 @@ def test_it_asks_the_network_for_nothing(page):
 
 
 PICTURES = {
-    "passes": ("models", "graph=0&pass=6", {}),
-    "selection": ("models", "graph=0&pass=6&node=lookup_default", {}),
-    "diff": ("models", "graph=1&pass=4&view=diff", {"height": 620}),
-    "dark": ("models", "graph=1&pass=6", {"dark": True}),
-    "phone": ("models", "graph=0&pass=6&node=lookup_default", {"width": 390, "height": 844}),
-    "tables": ("tables", "pass=2", {"height": 600}),
+    "passes": ("models", "graph=0&pass=fuse-lookups", {}),
+    "selection": ("models", "graph=0&pass=fuse-lookups&node=lookup_default", {}),
+    "diff": ("models", "graph=1&pass=fold-pairwise-linear&view=diff", {"height": 620}),
+    "dark": ("models", "graph=1&pass=fuse-lookups", {"dark": True}),
+    "costs": ("models", "graph=1&pass=fuse-lookups&side=after&colour=predicted", {}),
+    "phone": ("models", "graph=0&pass=fuse-lookups&node=lookup_default", {"width": 390, "height": 844}),
+    "tables": ("tables", "pass=fuse-lookups", {"height": 600}),
 }
 
 
@@ -343,13 +395,10 @@ def test_pictures_for_the_documentation(page, folder):
 
 
 def dump_models(out, *names):
-    import torch
-
     import recompile
     from recompile.zoo import build
 
-    with recompile.dump(out), torch.no_grad():
+    with recompile.dump(out):
         for name in names:
-            torch._dynamo.reset()
             built = build(name, scale=0.001)
-            torch.compile(built.model.eval(), backend="recompile")(*built.inputs(64))
+            recompile.explain(built.model.eval(), *built.inputs(64), profile=True)

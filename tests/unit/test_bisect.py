@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 import recompile
+from recompile import cli
 from recompile.errors import OptionError, RecompileError
 from recompile.options import Options
 from recompile.rewrite import Context, Pass, registry
@@ -73,6 +75,62 @@ def test_a_model_that_differs_without_rewrites(monkeypatch):
     monkeypatch.setattr("recompile.compare.error", lambda *_: 1.0)
     with pytest.raises(RecompileError, match="differs from eager without any rewrite"):
         recompile.bisect(Model(), torch.randn(3, 4))
+
+
+def test_a_pass_that_is_not_counted_is_named_where_no_rewrite_explains_the_numbers(monkeypatch):
+    @dataclass(frozen=True)
+    class Silent(Pass):
+        def run(self, graph: fx.Graph, ctx: Context) -> None:
+            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default):
+                node.target = torch.ops.aten.sigmoid.default
+                ctx.fired(self.name())
+
+    recompile.registered()
+    monkeypatch.setitem(registry._known, "silent", Silent)
+    with pytest.raises(RecompileError, match=r"without what never calls ctx\.begin.* is not counted: silent"):
+        recompile.bisect(Model(), torch.randn(3, 4), options={"passes": "silent"})
+
+
+def test_attention_with_dropout_is_said_to_be_left_alone():
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return F.dropout((q @ k.mT).softmax(-1), 0.3, self.training) @ v
+
+    found = recompile.bisect(Attention(), *torch.randn(3, 2, 5, 4), train=True)
+    assert found.rewrite is None and "attention with dropout was not rewritten" in str(found)
+
+
+WRONG = """
+from dataclasses import dataclass
+import recompile, torch
+
+@recompile.register
+@dataclass(frozen=True)
+class SinForTanh(recompile.Rule):
+    def pattern(self, op):
+        return op.tanh(op.var("x"))
+
+    def rewrite(self, m):
+        return m.op.sin(m["x"])
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        y = x.relu() * 2
+        return y.tanh()
+
+def wrong():
+    return Model(), (torch.ones(3),)
+"""
+
+
+def test_the_command_names_the_rule_and_the_users_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "_known", recompile.registered())
+    (tmp_path / "with_a_wrong_rule.py").write_text(WRONG)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["bisect", "with_a_wrong_rule:wrong"]) == 1
+    said = capsys.readouterr().out
+    assert "changes the numbers: sin-for-tanh at node tanh\n" in said
+    assert "at with_a_wrong_rule.py:17 in forward: return y.tanh()" in said
 
 
 @pytest.mark.parametrize("limit", [0, 2])

@@ -6,9 +6,12 @@ import torch
 from torch import nn
 
 import recompile
-from recompile.cost import Cost, cost
+from recompile.cost import Cost, cost, is_region
 from recompile.ledger import Ledger
-from recompile.report import CostRecord
+from recompile.options import Options
+from recompile.pipeline import run_passes
+from recompile.regions import region_record
+from recompile.report import CostRecord, GraphRecord
 from recompile.testing import capture
 
 aten = torch.ops.aten
@@ -50,6 +53,21 @@ def test_views_are_free():
     assert costs(lambda a: a.view(15)[2:7].unsqueeze(0).expand(3, 5), A) == {}
 
 
+def test_a_stack_beside_features_counts_as_what_its_lookups_replace():
+    tables = [torch.randn(50, 16) for _ in range(5)]
+
+    def stacked(x, ids):
+        rows = [torch.nn.functional.embedding(ids[:, k], table) for k, table in enumerate(tables)]
+        return torch.stack([x * 2, *rows], 1)
+
+    report = recompile.explain(stacked, torch.randn(64, 16), torch.randint(0, 50, (64, 5)))
+    (region,) = report.graphs[0].regions
+    row = F4 * 16
+    lookups, stack = 5 * (8 + 2 * row), 12 * row
+    assert region.before.bytes == str(64 * (lookups + stack))
+    assert region.after.bytes == str(64 * (5 * 8 + 5 * row + row + 6 * row))
+
+
 class Tables(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +90,7 @@ def test_a_region_beside_what_it_replaced():
     assert "1.3 kB -> 720 B moved" in report.text()
 
 
-def test_the_first_of_several_new_nodes_stands_for_what_they_replace():
+def test_the_last_of_several_new_nodes_stands_for_what_they_replace():
     """Whatever order a set of nodes has: it differs from run to run."""
     for _ in range(8):
         gm = capture(
@@ -92,7 +110,24 @@ def test_the_first_of_several_new_nodes_stands_for_what_they_replace():
         for node in (mean, mean.args[0]):
             graph.erase_node(node)
         ledger.after(graph)
-        assert (ledger.before(first), ledger.before(second)) == (replaced, Cost())
+        assert (ledger.before(first), ledger.before(second)) == (Cost(), replaced)
+
+
+def test_what_a_shorter_list_of_arguments_replaces_counts():
+    gm = capture(lambda x, y: torch.cat([x.exp().sin(), y.exp(), x], 1), X[0], X[1])
+    graph, (x, y) = gm.graph, gm.graph.find_nodes(op="placeholder")
+    ledger = Ledger(graph)
+    (cat,) = graph.find_nodes(op="call_function", target=aten.cat.default)
+    gone = [*cat.args[0][:2], cat.args[0][0].args[0]]
+    replaced = sum(map(cost, gone), Cost())
+    with graph.inserting_before(cat):
+        both = graph.call_function(aten.cat.default, ([x, y], 1))
+        both.meta["val"] = aten.cat.default([x.meta["val"], y.meta["val"]], 1)
+    cat.args = ([both, x], 1)
+    for node in gone:
+        graph.erase_node(node)
+    ledger.after(graph)
+    assert ledger.before(both) == replaced
 
 
 def test_of_dynamic_sizes():
@@ -105,10 +140,39 @@ def test_of_dynamic_sizes():
     assert f"bytes {region.before.bytes} -> {region.after.bytes}" in report.text()
 
 
-def test_attention_counts_its_pairs():
-    def attention(q, k, v):
-        return (q @ k.mT).softmax(-1) @ v
+def attention(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
 
+
+def regions(model, *inputs):
+    gm = capture(model, *inputs)
+    ledger = run_passes(gm, Options(), GraphRecord())
+    return [region_record(node, ledger) for node in gm.graph.nodes if is_region(node)]
+
+
+@pytest.mark.parametrize(
+    ("bound", "model", "inputs"),
+    [
+        ("memory", Tables(), torch.zeros(1, 2000, 3, dtype=torch.int64)),
+        ("compute", attention, torch.randn(3, 2, 1000, 16)),
+        ("", attention, torch.randn(3, 64, 80, 16)),  # 20 operations a byte: some CPUs make more of them
+        ("launch", Tables(), torch.zeros(1, 6, 3, dtype=torch.int64)),
+    ],
+)
+def test_the_bound_is_predicted_by_the_operations_a_byte(bound, model, inputs):
+    (region,) = regions(model, *inputs)
+    assert region.bound == bound
+
+
+def test_a_region_tells_the_shapes_of_what_it_reads_and_writes():
+    (region,) = regions(Tables(), torch.zeros(6, 3, dtype=torch.int64))
+    assert [*region.reads.values()] == ["f32[50, 4]"] * 3 + ["i64[6]"] * 3
+    assert region.writes == ["f32[6, 12]"] and region.device == "cpu"
+    (region,) = regions(attention, *torch.randn(3, 2, 10, 4))
+    assert [*region.reads.values()] == ["f32[2, 10, 4]"] * 3 and region.writes == ["f32[2, 10, 4]"]
+
+
+def test_attention_counts_its_pairs():
     with torch.no_grad():
         report = recompile.explain(attention, *torch.randn(3, 2, 10, 4))
     (region,) = report.graphs[0].regions

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from recompile import report
 from recompile.cli import _parser
 from recompile.rewrite.registry import _known, registered
 
@@ -108,6 +110,13 @@ def test_its_refusals_are_those_of_the_code(page):
     known = sentences()
     assert quoted(page)
     assert not [text for text in quoted(page) if not any(p.fullmatch(text) for p in known)]
+
+
+def test_every_field_of_the_report_is_documented():
+    records = [c for c in vars(report).values() if is_dataclass(c) and c.__module__ == report.__name__]
+    rows = re.findall(r"^\| (`[A-Z]\w+\..*?) \|", PAGES["docs/dump.md"].read_text(), re.MULTILINE)
+    documented = [name for row in rows for name in re.findall(r"`(.+?)`", row)]
+    assert sorted(documented) == sorted(f"{c.__name__}.{f.name}" for c in records for f in fields(c))
 
 
 def test_every_pass_has_a_page():

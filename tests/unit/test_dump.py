@@ -8,21 +8,20 @@ import threading
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import recompile
-from recompile import Pass, backend, cli, dump_graph, dumping
+from recompile import Pass, backend, cli, dumping
 from recompile.dump_read import read
 from recompile.errors import CaptureError, RecompileError
-from recompile.lowering.fingerprint import digest
 from recompile.node_entry import entry, source_name
 from recompile.recording import Recording
 from recompile.report import GraphRecord, frame_line, user_line
 from recompile.rewrite import registry
-from recompile.torch_private.generated_code import is_backward, kernels
 
 
 class Tower(nn.Module):
@@ -77,6 +76,7 @@ def test_the_folder_has_what_the_documentation_says(folder):
     graph, files = graph_of(folder), {f.name for f in (folder / "graph-0").iterdir()}
     order = [stage["pass"] for stage in graph["stages"]]
     place = order.index("fuse-lookups")
+    assert f"{place:02}-fuse-lookups.py" in (Path(__file__).parents[2] / "docs" / "dump.md").read_text()
     wanted = {"graph.json", "inputs.json", "regions.json", "00-captured.py", f"{place:02}-fuse-lookups.py"}
     assert wanted | {f"{place:02}-fuse-lookups.diff"} <= files
     unchanged = order.index("pool-sequences")
@@ -101,6 +101,11 @@ def test_a_stage_reads_like_the_model(folder):
     assert ": f32[20, 4],  # self.tables.0.weight" in text
     assert "in forward: rows = torch.cat([table(ids[:, i])" in text
     assert "cat: f32[5, 16] = aten.cat.default([embedding, embedding_1, embedding_2, embedding_3], 1)" in text
+
+
+def test_nodes_have_their_bytes_and_operations(folder):
+    layers = [node for node in graph_of(folder)["nodes"] if node["target"] == "aten.linear.default"]
+    assert {(node["bytes"], node["flops"]) for node in layers} == {(4 * (80 + 32 + 2 + 10), 2 * 16 * 10)}
 
 
 def test_rewrites_say_what_became_what(folder):
@@ -324,70 +329,6 @@ def test_a_folder_that_vanishes_costs_no_compilation(tmp_path, monkeypatch):
         assert run().shape == (5, 2)
 
 
-CPP = "cpp_{op}_{n} = async_compile.cpp_pybinding(['float*'], r'''\n// recompile::{op}, spec {spec}\nint {n};\n''')\n"
-
-
-def test_kernels_are_cut_out_of_a_program():
-    program = (
-        "cpp_fused_0 = async_compile.cpp_pybinding(['float*'], r'''\nint other;\n''')\n"
-        + CPP.format(op="lookup_backward", n=1, spec="0a0a0a0a")
-        + "lookup_0 = async_compile.triton('lookup_0', '''\nimport triton\n''', device_str='cuda')\n"
-    )
-    first, second = kernels(program)
-    assert (first.name, first.op, first.spec) == ("cpp_lookup_backward_1", "lookup_backward", "0a0a0a0a")
-    assert first.source == "int 1;\n" and first.is_backward
-    assert (second.name, second.op, second.suffix) == ("lookup_0", "lookup", "py")
-    assert second.source == "import triton\n" and not second.is_backward
-
-
-def test_a_program_with_tangents_is_a_backward():
-    assert is_backward("def call(self, args):\n    primals_1, tangents_1 = args\n")
-    assert not is_backward("def call(self, args):\n    primals_1, = args\n# tangents_1\n")
-
-
-def region(name, spec="A"):
-    return {"name": name, "op": "recompile.attention.default", "args": [spec]}
-
-
-def recorded(programs, regions):
-    recording = Recording(GraphRecord(), "", strict=False)
-    names = [r["name"] for r in regions]
-    blank = {"inputs": [], "text": "", "value": "", "line": "", "module": "", "rule": "", "kernel": ""}
-    recording.nodes = [{"name": n, "op": "call_function", "target": "", **blank} for n in names]
-    recording.stages = [{"pass": "captured", "ms": 0.0, "order": list(range(len(names)))}]
-    recording.regions, recording.programs = regions, programs
-    return recording
-
-
-def test_regions_with_one_spec_have_their_kernels_in_order_and_gradients_in_reverse():
-    spec = digest("A")
-    forward = "".join(CPP.format(op="attention", n=n, spec=spec) for n in (10, 11))
-    backward = "".join(CPP.format(op="attention_backward", n=n, spec=spec) for n in (20, 21))
-    recording = recorded([forward, backward], [region("a"), region("b")])
-    files = dump_graph.files(recording, 0)
-    first = {
-        name: text for name, text in files.items() if name.startswith("kernels/") and "inductor" not in name
-    }
-    assert {name: text.splitlines()[-1] for name, text in first.items()} == {
-        "kernels/a.cpp": "int 10;",
-        "kernels/b.cpp": "int 11;",
-        "kernels/b-backward.cpp": "int 20;",
-        "kernels/a-backward.cpp": "int 21;",
-    }
-    assert [node["kernel"] for node in recording.nodes] == ["kernels/a.cpp", "kernels/b.cpp"]
-    assert "gradients of region b" in files["kernels/b-backward.cpp"]
-
-
-def test_a_kernel_of_no_known_region_keeps_its_name():
-    triton = "attention_0 = async_compile.triton('attention_0', '''\nx\n''')\n"
-    other = CPP.format(op="attention", n=1, spec="ffffffff")
-    recording = recorded([triton + other], [region("a"), region("b")])
-    found = {name for name in dump_graph.files(recording, 0) if name.startswith("kernels/")}
-    assert found == {"kernels/inductor.py", "kernels/attention_0.py", "kernels/cpp_attention_1.cpp"}
-    alone = recorded([triton], [region("a")])
-    assert "kernels/a.py" in dump_graph.files(alone, 0)
-
-
 def test_many_graphs_write_the_page_now_and_then_and_at_the_end(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
@@ -395,7 +336,9 @@ def test_many_graphs_write_the_page_now_and_then_and_at_the_end(tmp_path, monkey
     )
     folder = dumping._open(tmp_path)
     for _ in range(35):
-        folder.add(recorded([], []), strict=True)
+        empty = Recording(GraphRecord(), "", strict=False)
+        empty.stages = [{"pass": "captured", "ms": 0.0, "order": []}]
+        folder.add(empty, strict=True)
     dumping._leave(folder)
     assert written == [*range(1, 17), 32, 35]
 
@@ -411,7 +354,7 @@ def test_show_tells_which_graph_matters(tmp_path, capsys):
         run()
     status, shown = out_of(capsys, "show", tmp_path)
     assert status == 0 and "graph 1: forward test_dump.py:" in shown.out
-    assert "lookup_default: 4 bags over 4 tables -> concat" in shown.out
+    assert "lookup_default: 4 lookups over 4 tables -> concat" in shown.out
     assert "1 x fuse-lookups" in shown.out
     assert "graph 0: forward" in out_of(capsys, "show", tmp_path, "--graph", 0)[1].out
     graphs = json.loads(out_of(capsys, "show", tmp_path, "--json")[1].out)
@@ -424,6 +367,9 @@ def test_diff_shows_one_pass_or_all(folder, capsys, monkeypatch):
     assert status == 0 and "+++ " in shown.out and "-    embedding: f32[5, 4]" in shown.out
     everything = out_of(capsys, "diff", folder)[1].out
     assert shown.out in everything and "dead-code" in everything
+    found = json.loads(out_of(capsys, "diff", folder, "--json")[1].out)
+    assert ["\n".join(each["diff"]) + "\n" for each in found if each["pass"] == "fuse-lookups"] == [shown.out]
+    assert "dead-code" in [each["pass"] for each in found]
     assert "\x1b[" not in everything
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
@@ -455,8 +401,11 @@ def test_commands_on_a_folder_without_a_dump_say_so(tmp_path, capsys):
 
 def test_explain_reads_a_dump(folder, capsys):
     status, shown = out_of(capsys, "explain", folder)
-    assert status == 0 and "4 bags over 4 tables -> concat" in shown.out
+    assert status == 0 and "4 lookups over 4 tables -> concat" in shown.out
     assert json.loads(out_of(capsys, "explain", folder, "--json")[1].out)["graphs"]
+    status, shown = out_of(capsys, "explain", folder, "--profile")
+    assert status == 2 and "a dump cannot be measured" in shown.err
+    assert "try: recompile explain package.module:function --profile" in shown.err
 
 
 def test_importing_recompile_does_not_import_dynamo():

@@ -71,5 +71,5 @@ def test_the_report_is_in_the_structured_trace(monkeypatch):
     torch._dynamo.reset()
     with torch.no_grad():
         recompile.explain(Tables(), torch.zeros(6, 3, dtype=torch.int64))
-    assert "lookup_default: 3 bags" in traced["artifact", "recompile_report", "string"]
+    assert "lookup_default: 3 lookups" in traced["artifact", "recompile_report", "string"]
     assert json.loads(traced["artifact", "recompile_report_json", "json"])["graphs"][0]["regions"]

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from recompile.page.diff import blocks
 from recompile.page.folding import fold, short
 from recompile.page.layout import FARTHEST, WIDEST, rows
 from recompile.page.tree import LONGEST, tree
+from recompile.rewrite.registry import registered
 from tests.page.graphs import HOSTILE, Recorder, large, tables
 
 
@@ -277,3 +279,9 @@ def test_graphs_and_sources_go_together():
 
 def named(name, target):
     return {"name": name, "op": "call_function", "target": target, "value": "f32[2]", "line": ""}
+
+
+def test_links_in_the_documentation_name_passes():
+    text = (Path(__file__).parents[2] / "docs" / "page.md").read_text()
+    named = set(re.findall(r"pass=([\w-]+)", text))
+    assert named and named <= registered().keys()

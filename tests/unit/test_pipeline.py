@@ -13,7 +13,7 @@ from recompile.errors import OptionError, PassOrderError, StrictError
 from recompile.options import Options
 from recompile.pipeline import ordered, parse_passes, run_passes
 from recompile.report import GraphRecord
-from recompile.testing import assert_refuses, assert_rewrites, capture
+from recompile.testing import assert_refuses, assert_rewrites, capture, text
 
 aten = torch.ops.aten
 
@@ -265,6 +265,76 @@ def test_effects_keep_their_order():
     _, (record,) = run(bad(swapped), model=writes)
     assert "the order of nodes with effects" in record.error
     assert "test_pipeline.py" in record.error
+
+
+def reached_from_outside(x, y):
+    x.add_(1)
+    z = x * 2
+    return z, y[:1], z.relu()
+
+
+def forgets(graph):
+    write = node(graph, "add_")
+    write.replace_all_uses_with(write.args[0])
+    graph.erase_node(write)
+
+
+def writes_again(graph):
+    write = node(graph, "add_")
+    with graph.inserting_after(write):
+        graph.call_function(write.target, write.args)
+
+
+def copies(graph):
+    view = node(graph, "slice")
+    with graph.inserting_after(view):
+        copy = graph.call_function(aten.clone.default, (view,))
+    view.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
+
+
+def copies_what_a_view_is_of(graph):
+    view = node(graph, "slice")
+    with graph.inserting_before(view):
+        copy = graph.call_function(aten.clone.default, view.args[:1])
+    view.update_arg(0, copy)  # its meta["val"] is still a view of the input
+
+
+def makes_a_view_of_nothing(graph):
+    view = node(graph, "slice")
+    view.target, view.args = aten.slice_copy.Tensor, view.args
+
+
+def returns_a_view(graph):
+    swap(graph, "relu", aten.view.default, node(graph, "relu").args[0], [3, 4])
+
+
+def returns_a_view_of_an_input(graph):
+    given = next(n for n in graph.nodes if n.op == "placeholder")
+    swap(graph, "relu", aten.view.default, given, [3, 4])
+
+
+WRITTEN = "the pass changed what is written to input l_x_\n  expected: 1 write\n  got: "
+SHARED = "the pass changed what output {} shares memory with\n  expected: {}\n  got: {}"
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        (forgets, f"{WRITTEN}0\n  where: test_pipeline.py"),
+        (writes_again, f"{WRITTEN}2"),
+        (copies, SHARED.format(1, "input l_y_", "nothing")),
+        (copies_what_a_view_is_of, SHARED.format(1, "input l_y_", "nothing")),
+        (makes_a_view_of_nothing, SHARED.format(1, "input l_y_", "nothing")),
+        (returns_a_view, SHARED.format(2, "nothing", "output 0")),
+        (returns_a_view_of_an_input, SHARED.format(2, "nothing", "input l_x_")),
+    ],
+)
+def test_writes_to_inputs_and_shared_memory_are_preserved(what, sentence):
+    gm, record = capture(reached_from_outside, *inputs()), GraphRecord()
+    before = text(gm)
+    run_passes(gm, Options(), record, (), [bad(what), Second()])
+    assert sentence in record.passes[0].error and record.passes[1].error == ""
+    assert text(gm) == before
 
 
 def test_a_graph_with_effects_is_not_run_for_its_numbers(caplog):

@@ -2,14 +2,22 @@
 
 import json
 import threading
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 from torch import fx
 
+from recompile.options import Options
+from recompile.pass_list import ordered, parse_passes, spelled
+from recompile.pipeline import run_passes
+from recompile.profile import measure
 from recompile.report import (
     VERSION,
+    CostRecord,
     GraphRecord,
+    Measured,
     PassRecord,
     Refusal,
     RegionRecord,
@@ -21,6 +29,16 @@ from recompile.report import (
     reset,
     user_line,
 )
+from recompile.rewrite import Pass, registry
+from recompile.testing import capture
+
+
+@dataclass(frozen=True)
+class Mine(Pass):
+    on: bool = True
+    n: int = 1
+    x: float = 1.0
+    word: str = ""
 
 
 def report(*passes, **graph):
@@ -70,7 +88,7 @@ def test_a_long_line_goes_on_behind_its_indent():
 
 def test_what_was_refused_stands_before_what_had_no_candidate():
     text = report(pass_record(RuleRecord("idle"), RuleRecord("mine", 1, 0, [Refusal("of this")]))).text()
-    assert text.index("mine did not fire") < text.index("for want of candidates: idle")
+    assert text.index("mine did not fire") < text.index("met no candidate: idle")
 
 
 def test_many_sentences_of_one_rule_are_cut():
@@ -81,8 +99,48 @@ def test_many_sentences_of_one_rule_are_cut():
 
 
 def test_a_rule_that_had_nothing_to_do_is_said():
-    text = report(pass_record(RuleRecord("flatten-cat"), RuleRecord("drop-no-op", tried=2))).text()
-    assert "fired 0 times, for want of candidates: flatten-cat, drop-no-op (tried 2)" in text
+    tried = [RuleRecord("drop-no-op", tried=1), RuleRecord("drop-squeeze", tried=26)]
+    text = report(pass_record(RuleRecord("flatten-cat"), *tried)).text()
+    assert "tried, and nothing fitted: 26 x drop-squeeze, 1 x drop-no-op" in text
+    assert "met no candidate: flatten-cat" in text
+    many = report(pass_record(*(RuleRecord(f"rule-{k}") for k in range(21))))
+    assert "met no candidate: rule-0, rule-1, rule-2 and 18 more rules" in many.text()
+    assert "rule-20" in many.to_json()
+
+
+def test_a_pass_that_is_one_rule_says_in_its_own_line_what_it_tried():
+    def line(tried):
+        rule = RuleRecord("fuse-lookups", tried=tried)
+        return report(PassRecord("fuse-lookups", "reassociate", rules=[rule])).text()
+
+    assert "tried 2, and nothing fitted" in line(2) and line(2).count("tried") == 1
+    assert "nothing to do" in line(0) and "candidate" not in line(0)
+
+
+PASSES = [
+    "default",
+    "default,fuse-lookups{min-tables=8},-rewrite-attention",
+    "canonicalize,fuse-lookups{min-tables=8}",
+    "",
+]
+
+
+@pytest.mark.parametrize("given", PASSES)
+def test_the_passes_of_a_report_can_be_pasted_back(given):
+    record, passes = GraphRecord(), ordered(parse_passes(given))
+    run_passes(capture(lambda x: x + 1, torch.ones(2)), Options(passes=given), record)
+    assert record.chosen == given
+    shown = [line for line in Report(graphs=[record]).text().splitlines() if "passes: " in line]
+    pasted = shown[0].partition("passes: ")[2] if given else ""
+    assert ordered(parse_passes(pasted)) == passes
+    assert json.loads(Report(graphs=[record]).to_json())["graphs"][0]["chosen"] == given
+
+
+def test_settings_of_a_pass_of_yours_can_be_pasted_back(monkeypatch):
+    monkeypatch.setitem(registry._known, "mine", Mine)
+    given = [Mine(False, 3, 0.5, "a"), Mine()]
+    assert [spelled([each]) for each in given] == ["mine{on=false,n=3,x=0.5,word=a}", "mine"]
+    assert [parse_passes(spelled([each])) for each in given] == [[each] for each in given]
 
 
 def test_failed_and_skipped_passes_say_why():
@@ -95,6 +153,30 @@ def test_regions_and_their_lines():
     region = RegionRecord("lookup", "recompile.lookup", 2, "2 bags", ["m.py:3", "m.py:3", "m.py:4"])
     text = report(regions=[region]).text()
     assert "lookup: 2 bags" in text and "m.py:3  x2" in text and "m.py:4" in text
+
+
+def test_what_a_region_reads_costs_and_is_bound_by():
+    cost = CostRecord("800", "16000", 800, 16000)
+    reads = {"a": "f32[20, 4]", "b": "f32[20, 4]", "ids": "i64[5]"}
+    more = {"reads": reads, "writes": ["f32[5, 8]"], "before": cost, "after": cost, "device": "cpu"}
+    region = RegionRecord("r", "op", **more, bound="memory", kernel="graph-0/kernels/r.cpp")
+    text = report(regions=[region]).text()
+    assert "reads 2 x f32[20, 4], i64[5]; writes f32[5, 8]" in text
+    assert "each operator alone -> fused: 800 B -> 800 B moved, 16 kFLOP -> 16 kFLOP" in text
+    assert "20 FLOP a byte, bound by memory" in text and "kernel: graph-0/kernels/r.cpp in the dump" in text
+    assert "bound by memory or compute" in report(regions=[replace(region, bound="")]).text()
+    measured = replace(region, measured=Measured(1.5, "compute", 0.52))
+    text = report(regions=[measured]).text()
+    assert "1.500 ms, bound by compute, 52% of the speed of a large matrix product" in text
+    assert "memory" not in text
+
+
+def test_a_region_on_a_gpu_says_that_it_is_not_measured():
+    cost = CostRecord("8", "16", 8, 16)
+    given = report(regions=[RegionRecord("r", "recompile.r", device="cuda", before=cost, after=cost)])
+    measure(given, [], lambda: None)
+    assert "not measured on cuda" in given.text() and "bound by" not in given.text()
+    assert Report.from_json(given.to_json()) == given
 
 
 def test_a_fallback_says_why():

@@ -6,6 +6,7 @@ import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from recompile.errors import RecompileError
 from recompile.report import RuleRecord
-from recompile.rewrite import Context, Match, Ops, Pattern, Rule, any_of, each, optional
+from recompile.rewrite import Context, Match, Ops, Pattern, Refuse, Rule, any_of, each, optional
 
 aten = torch.ops.aten
 
@@ -81,6 +82,26 @@ FITS: dict[str, tuple[Callable[[Ops], Any], Callable[..., Any]]] = {
     "optional, absent": (
         lambda op: op.sum(optional(op.relu(op.var("x")), tag="relu"), ...),
         lambda w, i, x: x.sum(1),
+    ),
+    "optional, the second argument is left": (
+        lambda op: (lambda x: op.sum(optional(op.sub(op.var("b"), x), x, tag="there"), ...))(
+            op.relu(op.var("x"))
+        ),
+        lambda w, i, x: (x - x.relu()).sum(1),
+    ),
+    "optional, only the second argument is left": (
+        lambda op: (lambda x: op.sum(optional(op.sub(op.var("b"), x), x, tag="there"), ...))(
+            op.relu(op.var("x"))
+        ),
+        lambda w, i, x: x.relu().sum(1),
+    ),
+    "each used once": (
+        lambda op: op.cat(each(op.relu(op.var("x")).used_once()), 1),
+        lambda w, i, x: torch.cat([x.relu(), (x + 1).relu()], 1),
+    ),
+    "each used once, more than once in the list": (
+        lambda op: op.cat(each(op.relu(op.var("x")).used_once()), 1),
+        lambda w, i, x: (lambda r: torch.cat([r, r], 1))(x.relu()),
     ),
     "the same tensor twice": (lambda op: op.mul(op.var("x"), op.var("x")), lambda w, i, x: x * x),
     "the second way of two": (
@@ -149,7 +170,7 @@ MISSES: dict[str, tuple[Callable[[Ops], Any], Callable[..., Any], str]] = {
     "another tensor": (
         lambda op: op.add(op.sin(op.var("x")), op.cos(op.var("x"))),
         lambda w, i, x: x.relu().sin() + x.cos(),
-        "expected x to be relu again, found x_1",
+        "expected the same x twice, found relu and x_1",
     ),
     "dtype": (
         lambda op: op.relu(op.sin(op.var("x", dtype=(torch.float64, torch.float16)))),
@@ -175,6 +196,11 @@ MISSES: dict[str, tuple[Callable[[Ops], Any], Callable[..., Any], str]] = {
         lambda op: op.relu(op.sin(op.var("x")).used_once()),
         lambda w, i, x: (lambda s: s.relu() + s.exp())(x.sin()),
         "sin is also used by exp",
+    ),
+    "an element used elsewhere": (
+        lambda op: op.cat(each(op.relu(op.var("x")).used_once()), 1),
+        lambda w, i, x: (lambda r: torch.cat([x.relu(), r], 1) + r.exp().sum())((x + 1).relu()),
+        "relu is also used by exp",
     ),
     "random": (
         lambda op: op.relu(op.sin(op.dropout(op.var("x"), ...))),
@@ -259,6 +285,7 @@ def test_what_is_bound() -> None:
 
     (m,), _ = look(build, lambda w, i, x: F.embedding(i, w, 2).sum(1), W, IDS, X)
     assert (m["pad"], m["how"], m["mask"], m.node("plain").target) == (2, 1, None, aten.embedding.default)
+    assert m.size("pad") == 2
     assert m.dims == {"V": 10, "D": 4, "B": 3, "L": 5} and m.val("table").shape == (10, 4)
     assert m.root.target is aten.sum.dim_IntList and m.graph is m.root.graph
     with pytest.raises(KeyError, match="no 'tabel', only"):
@@ -274,7 +301,10 @@ def test_a_size_is_a_constant() -> None:
         torch.randn(6, 2),
         mode="symbolic",
     )
-    assert isinstance(m["n"].meta["val"], torch.SymInt)
+    assert isinstance(m["n"], fx.Node) and m.size("n") is m["n"].meta["val"]
+    assert isinstance(m.size("n"), torch.SymInt)
+    with pytest.raises(TypeError, match=r"x is .*, not a number"):
+        m.size("x")
 
 
 def test_dynamic_sizes_are_compared_without_guards() -> None:
@@ -356,23 +386,56 @@ def test_mistakes_in_a_pattern_are_errors() -> None:
         look(lambda op: op.var("x"), lambda x: x.relu(), torch.randn(2))
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda op: op.add(op.relu(op.cos(op.var("x"))), op.var("y")),
-        lambda op: op.relu(op.var("x", dims=("B", "D"))),  # a near miss each
-    ],
-)
-def test_a_rule_costs_little_on_5000_nodes(build: Callable[[Ops], Any]) -> None:
-    def function(x: Tensor) -> Tensor:
-        for _ in range(1250):
-            x = (x * 2).sin().relu() + x
-        return x
+def chain(x: Tensor) -> Tensor:
+    for _ in range(1250):
+        x = (x * 2).sin().relu() + x
+    return x
 
-    graph = trace(function, torch.randn(2)).graph
-    rule = Find(build, [])
-    assert len(graph.nodes) > 5000
-    start = time.perf_counter()
+
+def columns(x: Tensor) -> Tensor:
+    """1,000 of one matrix, each read twice, and 50 lists of 40."""
+    parts = [x[:, i] for i in range(1000)]
+    waves = [part.sin() for part in parts] + [part.cos() for part in parts]
+    return torch.cat([torch.stack(waves[i : i + 40]) for i in range(0, 2000, 40)])
+
+
+def waves(op: Ops) -> tuple[Pattern, ...]:
+    part = op.select(op.var("x"), 1, op.const("i"))
+    return op.sin(part), op.cos(part)
+
+
+COSTS: dict[str, tuple[Callable[..., Any], Callable[[Ops], Any]]] = {
+    "no near miss": (chain, lambda op: op.add(op.relu(op.cos(op.var("x"))), op.var("y"))),
+    "shapes": (chain, lambda op: op.relu(op.var("x", dims=("B", "D")))),
+    "literals": (chain, lambda op: op.sin(op.mul(op.var("x"), 3))),
+    "fits": (chain, lambda op: op.sin(op.mul(op.var("x"), 2).used_once())),
+    "lists": (columns, lambda op: op.stack(each(op.sin(op.select(op.var("x"), 1, op.const("i")))), 0)),
+    "two above a part of a hub": (columns, waves),
+    "two above a hub": (columns, lambda op: (op.select(op.var("x"), 1, op.const("i")), op.slice(op.var("x"), ...))),
+}  # fmt: skip
+
+
+@cache
+def large(function: Callable[..., Any]) -> fx.Graph:
+    return trace(function, torch.randn(2, 1000)).graph
+
+
+@dataclass(frozen=True)
+class Look(Find):
+    """The same, leaving the graph as it is."""
+
+    def check(self, m: Match) -> None:
+        raise Refuse("only looking")
+
+
+@pytest.mark.parametrize("case", COSTS)
+def test_a_rule_costs_little_on_5000_nodes(case: str) -> None:
+    """50 ms where nothing else runs, which a test cannot count on."""
+    function, build = COSTS[case]
+    graph = large(function)
+    assert len(graph.nodes) > 3000
+    rule = Look(build, [])
+    start = time.process_time()
     rule.run(graph, Context())
-    ms = (time.perf_counter() - start) * 1e3
-    assert ms < 1000, f"{ms:.0f} ms for one rule on {len(graph.nodes)} nodes"
+    ms = (time.process_time() - start) * 1e3
+    assert ms < 200, f"{ms:.0f} ms for one rule on {len(graph.nodes)} nodes"
