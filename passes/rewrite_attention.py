@@ -52,7 +52,7 @@ from .attention_sums import join_products, split_sum
 from .axes import Axes, Split, arrange, atoms, layout, shape
 from .computed import is_computed
 from .contractions import contraction
-from .library_attention import LIBRARY, by_library, spell_out, take_back
+from .library_attention import ENCODER, LIBRARY, by_library, spell_out, take_back
 from .score_masks import divided, masks
 
 aten = torch.ops.aten
@@ -96,7 +96,9 @@ class RewriteAttention(Pass):
     def _spelled_out(self, graph: fx.Graph, ctx: Context) -> dict[fx.Node, Builder]:
         """The calls of the library's attention, and what stands in their place for the while."""
         spelled = {}
-        for node in graph.find_nodes(op="call_function", target=LIBRARY):
+        for node in [
+            n for call in (LIBRARY, ENCODER) for n in graph.find_nodes(op="call_function", target=call)
+        ]:
             try:
                 spelled[node] = spell_out(node, Effects(graph), self.name())
             except Refuse as refusal:

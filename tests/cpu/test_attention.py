@@ -277,6 +277,41 @@ def test_an_encoder_layer_in_training(batch_first):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("masked", ["", "padding", "causal", "both"])
+def test_an_encoder_layer_in_evaluation(masked, dynamic):
+    """One call of torch's fast path becomes its layers and our attention; rows without keys are NaN as there."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    how = {"activation": "gelu", "norm_first": True} if masked in ("", "both") else {}
+    layer = nn.TransformerEncoderLayer(H * D, H, 32, batch_first=True, **how).eval()
+    x, masks = torch.randn(3, N, H * D), {}
+    if masked in ("padding", "both"):
+        masks["src_key_padding_mask"] = torch.arange(N) >= LENGTHS[:, None]
+    if masked in ("causal", "both"):
+        masks["src_mask"] = torch.ones(N, N, dtype=torch.bool).triu(1)
+    compiled = torch.compile(layer, backend="recompile", dynamic=dynamic, options={"strict": True})
+    with torch.no_grad(), without_inductor(), recompile.report.collect() as report:
+        actual, expected = (call(x, **masks) for call in (compiled, layer))
+    assert [region.op for region in report.graphs[0].regions] == ["recompile.attention.default"]
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_an_encoder_layer_that_stays_the_library_s():
+    for dtype, rows, why in (
+        (torch.float32, 1, "the product has no dim of keys of its own"),
+        (torch.float64, N, "it is the library's attention already"),
+    ):
+        layer = nn.TransformerEncoderLayer(H * D, H, 32, batch_first=True).eval().to(dtype)
+        with torch.no_grad(), without_inductor():
+            report = recompile.explain(
+                layer, torch.randn(3, rows, H * D, dtype=dtype), options={"strict": True}
+            )
+        said = [r.why for e in report.graphs[0].passes for rule in e.rules for r in rule.refused]
+        assert why in said and not report.graphs[0].regions
+        assert report.graphs[0].passes[-1].nodes_after == report.graphs[0].passes[-1].nodes_before
+
+
 def test_the_library_s_dropout():
     q, k, v = (torch.randn(3, H, N, D, requires_grad=True) for _ in range(3))
 
