@@ -68,6 +68,7 @@ def products(nodes: dict[fx.Node, None]) -> list[fx.Node]:
     found = [c for n in nodes if (c := contraction(n)) is not None]
     found = [c for c in found if has_softmax(nodes) or not is_layer(c)]
     if len(found) > 1:
+        found = [c for c in found if not c.is_elementwise()] or found
         most = max(len(_dims(c)) for c in found)
         true = [
             c for c in found if len(_dims(c)) == most and not any(_dims(c) <= {*x} for x in c.letters[:2])
@@ -86,9 +87,9 @@ def is_layer(found: Contraction) -> bool:
 
     Not if both have a dim in common beside the summed one, such as samples.
     """
-    if same(shape(found.left)[found.letters[0].index(found.summed)], 1):
-        return True
-    return not (found.common() or (is_computed(found.left) and is_computed(found.right)))
+    return found.is_elementwise() or not (
+        found.common() or (is_computed(found.left) and is_computed(found.right))
+    )
 
 
 def has_softmax(nodes: dict[fx.Node, None]) -> bool:

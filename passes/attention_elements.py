@@ -22,6 +22,7 @@ from recompile.torch_private.symbols import SYM, expression
 from . import score_ops
 from .attention_cone import CASTS, CONSTANTS, FILLED, is_filled
 from .axes import Axes, before_view, shape
+from .contractions import Contraction, contraction
 from .index_bounds import is_nonnegative
 
 aten = torch.ops.aten
@@ -77,7 +78,18 @@ class Elements(ABC):
         view = before_view(node, axes)
         if view is not None:
             return self.element(*view)
+        if (found := contraction(node)) is not None and found.is_elementwise():
+            return self._outer(found, axes)
         return score_ops.apply(node, lambda x: self._operand(x, axes))
+
+    def _outer(self, found: Contraction, axes: Axes) -> sympy.Basic | None:
+        """The product of a column and a row, as a mask of queries times one of keys."""
+        if found.added is not None or found.scale != 1:
+            return None
+        of = dict(zip(found.letters[2], axes, strict=True)) | {"": ()}
+        sides = zip((found.left, found.right), found.letters, strict=False)
+        left, right = (self.element(node, tuple(of.get(x, ()) for x in letters)) for node, letters in sides)
+        return score_ops.product(left, right)
 
     def _scattered(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
         """`x[:, 3:] = y`: y where a position is, x elsewhere; None where y has a value for each such position."""

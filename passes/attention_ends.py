@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import fx
 
 from recompile.rewrite import Refuse, arguments, same
+from recompile.torch_private.symbols import SYM
 
-from .axes import COPIES, Axes, Axis, Split, before_view, regroup, shape
+from .axes import COPIES, Axes, Axis, Split, atoms, before_view, regroup, shape
 from .contractions import Contraction
 
 aten = torch.ops.aten
@@ -52,6 +54,22 @@ class Second:
         new = [tuple(tuple(names.get(a, a) for a in axis) for axis in axes) for axes in self.axes]
         self.axes = (new[0], new[1], new[2])
 
+    def longest(self, own: list[str]) -> str:
+        """Which of the axes that neither keys nor values have is that of the queries: the longest, for positions.
+
+        One of unknown size is longer than others. The outermost of the scores is that of samples, if there are others.
+        """
+        rest = [x for x in own if x not in atoms(self.axes[0])[:1]] or own
+        return max(rest, key=lambda x: (self._length(x), x == "i"))
+
+    def is_longer(self, atom: str) -> bool:
+        """Whether an axis is longer than the one that is taken for the queries."""
+        return self._length(atom) > self._length("i")
+
+    def _length(self, atom: str) -> float:
+        size = self.sizes.get(atom, 1)
+        return math.inf if isinstance(size, SYM) else size
+
 
 class Turn(Exception):
     """The queries are the axis `atom`, not the one that was taken for them."""
@@ -72,8 +90,6 @@ def seconds(found: Contraction) -> Iterator[Second]:
         out = found.letters[2]
         queries = [x for x in out if x and x in mine and x not in other]
         features = [x for x in out if x and x in other and x not in mine]
-        if found.added is not None:
-            continue
         names = {found.summed: "j"} | dict.fromkeys(features[-1:], "e")
         names |= dict.fromkeys(queries[-1:], "i")  # heads that share their values come before, see `turn`
         batch = [x for x in out if x and x not in names]
@@ -105,6 +121,16 @@ def furthest(node: fx.Node, axes: Axes, needed: str) -> tuple[fx.Node, Axes]:
                 raise
             view = None
     return best
+
+
+def uncast(node: fx.Node, axes: Axes, needed: str, dtype: torch.dtype) -> tuple[fx.Node, Axes]:
+    """The same through a cast from half precision `dtype` to float32, which is exact."""
+    above = node.args[0] if getattr(node.target, "overloadpacket", None) in (aten.to, aten._to_copy) else None
+    if not isinstance(above, fx.Node) or node.meta["val"].dtype is not torch.float32:
+        return node, axes
+    value = above.meta["val"]
+    exact = value.dtype is dtype and dtype.itemsize == 2 and value.device == node.meta["val"].device
+    return furthest(above, axes, needed) if exact else (node, axes)
 
 
 def delivered(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes]:

@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 
 from recompile.lowering import scalar
 from recompile.lowering.score import S, uniform, where
-from recompile.rewrite import Refuse, arguments
+from recompile.rewrite import Refuse, arguments, is_pure
 from recompile.rewrite.schema import op_name
 
 from . import score_ops
@@ -68,7 +68,7 @@ class Region(Elements):
 
     def _is_within(self, user: fx.Node) -> bool:
         """Whether nobody else reads the scores through `user`: a constant made of them reads their shape only."""
-        if user in self.covered or is_filled(user):
+        if user in self.covered or is_filled(user) or _is_dead(user):
             return True
         viewed = getattr(user.target, "overloadpacket", None) in VIEWS
         return viewed and all(self._is_within(n) for n in user.users)
@@ -113,7 +113,7 @@ class Region(Elements):
             raise Refuse("the product has no dim of keys of its own", found.node)
         self.product, self.product_axes = found, axes
         self.covered.update(dict.fromkeys(found.inner))
-        expr = S * score_ops.number(found.scale)
+        expr = S * score_ops.number(found.scale) / self.size(found.terms)
         if found.added is None:
             return expr
         return expr + score_ops.number(found.beta) * self.element(found.added, aligned(found.added, axes))
@@ -216,6 +216,11 @@ class Region(Elements):
         self.covered.update(dict.fromkeys(total))
         self._over_keys(total[-1], _without(aligned(lower, axes)))  # type: ignore[arg-type]
         return self._normalized(node, logarithm(self.element(upper, axes), node))  # type: ignore[arg-type]
+
+
+def _is_dead(node: fx.Node) -> bool:
+    """Whether nobody reads `node`: it stands for something that is tried, see `attention_products.py`."""
+    return node.op == "call_function" and is_pure(node) and all(_is_dead(user) for user in node.users)
 
 
 def _without(axes: Axes) -> Axes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import string
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from recompile.rewrite import Builder, Effects, Refuse, replace, same
 
 from .attention_cone import cone, products
 from .attention_ends import Second
+from .attention_products import Respelled, product
 from .axes import Axes, arrange, atoms, shape
 from .contractions import Contraction, contraction
 
@@ -26,7 +25,7 @@ _SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 def split_sum(second: Second, effects: Effects, rule: str) -> list[fx.Node] | None:
     """`(a - b) @ v` becomes `a @ v - b @ v`, where a and b are scores of their own; the two products."""
     weights, root = second.weights, second.found.node
-    if weights.target not in _SUMS or len(weights.users) > 1:
+    if weights.target not in _SUMS or len(weights.users) > 1 or second.found.added is not None:
         return None
     sides = weights.args[:2]
     if not all(isinstance(x, fx.Node) and same(shape(x), shape(weights)) for x in sides):
@@ -46,27 +45,13 @@ def split_sum(second: Second, effects: Effects, rule: str) -> list[fx.Node] | No
     return parts
 
 
-@dataclass
-class Joined:
-    """`a q k^T + b r t^T` as `[a q, b r] [k, t]^T`: `old` stands without users, until the attention is known."""
+def join_products(second: Second, effects: Effects, rule: str) -> list[Respelled]:
+    """Makes one product of each sum of two, with constant factors, that the weights are computed from.
 
-    old: fx.Node
-    new: fx.Node
-    build: Builder
-
-    def settle(self) -> None:
-        """Keeps the one product if it has become part of an attention, else the two; the last one made comes first."""
-        if self.new._erased or not self.new.users:
-            erase(self.old)
-            return
-        self.new.replace_all_uses_with(self.old)
-        self.build.discard()
-
-
-def join_products(second: Second, effects: Effects, rule: str) -> list[Joined]:
-    """Makes one product of each sum of two, with constant factors, that the weights are computed from."""
+    `a q k^T + b r t^T` is `[a q, b r] [k, t]^T`.
+    """
     nodes = cone(second.weights)
-    found, made = set(products(nodes)), list[Joined]()
+    found, made = set(products(nodes)), list[Respelled]()
     for node in sorted(nodes) if len(found) > 1 else ():
         terms = _terms(node, found)
         sides = terms and _sides(terms[0][0], terms[1][0])
@@ -80,7 +65,7 @@ def join_products(second: Second, effects: Effects, rule: str) -> list[Joined]:
             build.discard()
             continue
         found.add(new)
-        made.append(Joined(node, new, build))
+        made.append(Respelled(node, build))
     return made
 
 
@@ -99,7 +84,8 @@ def _term(node: Any, reader: fx.Node) -> _Term | None:
     factor: Any = 1
     while isinstance(node, fx.Node) and list(node.users) == [reader]:
         if (found := contraction(node)) is not None:
-            return (found, factor * found.scale) if found.added is None else None
+            plain = found.added is None and type(found.terms) is int
+            return (found, factor * found.scale / found.terms) if plain else None
         scaled = node.target in (aten.mul.Tensor, aten.div.Tensor)
         if not scaled or type(node.args[1]) not in (int, float):
             return None
@@ -145,6 +131,4 @@ def _product(terms: list[_Term], sides: list[list[_Side]], build: Builder) -> fx
             parts.append(part if factor == 1 else build.call(aten.mul.Tensor, part, factor))
         made.append(build.call(aten.cat.default, parts, -1))
         letters.append(wanted)
-    short = dict(zip((*out, summed), string.ascii_letters, strict=False))
-    left, right, result = ("".join(short[x] for x in term) for term in (*letters, out))
-    return build.call(aten.einsum.default, f"{left},{right}->{result}", made)
+    return product(list(zip(made, letters, strict=True)), out, build)

@@ -25,9 +25,9 @@ _ADDED = {aten.baddbmm.default: ("batch1", "batch2"), aten.addmm.default: ("mat1
 
 @dataclass(frozen=True)
 class Contraction:
-    """`node` = `scale` * the sum of `left` * `right` over `summed`, + `added` times `beta`.
+    """`node` = `scale` / `terms` * the sum of `left` * `right` over `summed`, + `added` times `beta`.
 
-    `letters` are those of left, right and node, one a dim.
+    `letters` are those of left, right and node, one a dim. `terms` is not 1 in a mean.
     """
 
     node: fx.Node
@@ -39,10 +39,15 @@ class Contraction:
     scale: Any = 1
     added: fx.Node | None = None
     beta: Any = 1
+    terms: Any = 1
 
     def common(self) -> set[str]:
         """The dims that both sides have beside the summed one."""
         return set(self.letters[0]) & set(self.letters[1]) - {"", self.summed}
+
+    def is_elementwise(self) -> bool:
+        """Whether one term is summed, as in the product of a column and a row."""
+        return same(shape(self.left)[self.letters[0].index(self.summed)], 1)
 
 
 def contraction(node: Any) -> Contraction | None:
@@ -113,23 +118,33 @@ def _repeated(node: fx.Node, letters: tuple[str, ...], summed: str) -> tuple[str
     return tuple("" if letter.islower() and same(size, 1) else letter for letter, size in sizes)
 
 
-def _einsum(node: fx.Node, given: dict[str, Any]) -> Contraction | None:
+def einsum_letters(node: fx.Node) -> list[str] | None:
+    """The letters of an einsum's operands and of its result; None where one has a letter twice."""
+    given = arguments(node)
     inputs, arrow, out = given["equation"].replace(" ", "").partition("->")
     if not arrow:  # the letters that are there once, in order
         out = "..." * ("..." in inputs) + "".join(
             sorted(x for x in inputs if x.isalpha() and inputs.count(x) == 1)
         )
-    parts, values = [*inputs.split(","), out], [*given["tensors"], node]
-    if len(parts) != 3:
-        return None
-    parts = [_spelled_out(part, len(shape(value))) for part, value in zip(parts, values, strict=True)]
-    if any(len(set(p)) < len(p) or not p.isalpha() for p in parts):
+    values = [*given["tensors"], node]
+    parts = [
+        _spelled_out(part, len(shape(value)))
+        for part, value in zip([*inputs.split(","), out], values, strict=True)
+    ]
+    return None if any(len(set(part)) < len(part) or not part.isalpha() for part in parts) else parts
+
+
+def _einsum(node: fx.Node, given: dict[str, Any]) -> Contraction | None:
+    parts = einsum_letters(node)
+    if parts is None or len(parts) != 3:
         return None
     summed = (set(parts[0]) | set(parts[1])) - set(parts[2])
     if len(summed) != 1 or not all(summed <= set(p) for p in parts[:2]):
         return None
     letter = summed.pop()
     left, right = given["tensors"]
+    if not same(shape(left)[parts[0].index(letter)], shape(right)[parts[1].index(letter)]):
+        return None  # one term is repeated
     sides = [_free(n, p, letter) for n, p in ((left, parts[0]), (right, parts[1]))]
     return Contraction(node, left, right, (sides[0], sides[1], tuple(parts[2])), letter)
 
@@ -159,7 +174,8 @@ def _weighted_sum(node: fx.Node, given: dict[str, Any]) -> Contraction | None:
     if not all(summed in side for side in sides):
         return None
     kept = tuple(x if k != dims[0] else "" for k, x in enumerate(letters) if k != dims[0] or given["keepdim"])
-    return Contraction(node, left, right, (sides[0], sides[1], kept), summed, (product,))
+    terms = shape(product)[dims[0]] if node.target is aten.mean.dim else 1
+    return Contraction(node, left, right, (sides[0], sides[1], kept), summed, (product,), terms=terms)
 
 
 def _aligned(node: fx.Node, letters: list[str], rank: int) -> tuple[str, ...]:
@@ -171,5 +187,5 @@ def _aligned(node: fx.Node, letters: list[str], rank: int) -> tuple[str, ...]:
 
 _OTHERS = {
     aten.inner.default: _inner, aten.tensordot.default: _tensordot, aten.linear.default: _linear,
-    aten.einsum.default: _einsum, aten.sum.dim_IntList: _weighted_sum,
+    aten.einsum.default: _einsum, aten.sum.dim_IntList: _weighted_sum, aten.mean.dim: _weighted_sum,
 }  # fmt: skip

@@ -44,7 +44,8 @@ from recompile.rewrite import (
 from recompile.torch_private.symbols import SYM
 
 from .attention_cone import cone, has_softmax, is_layer, products
-from .attention_ends import Second, Turn, delivered, furthest, seconds
+from .attention_ends import Second, Turn, delivered, furthest, seconds, uncast
+from .attention_products import is_plain, plain, respelled_einsum
 from .attention_region import Region
 from .attention_row_sums import RowSums, row_sums
 from .attention_softmax import SHIFT, TOTAL, P, factor, leaves_no_nan, logarithm, unshifted
@@ -71,12 +72,26 @@ class RewriteAttention(Pass):
         ctx.rule(self.name())
         spelled = self._spelled_out(graph, ctx)
         effects = Effects(graph)
+        einsums = list(graph.find_nodes(op="call_function", target=aten.einsum.default))
+        tried = [
+            made for node in einsums if (made := respelled_einsum(node, effects, self.name())) is not None
+        ]
         candidates = list(_candidates(graph.nodes))
         for second in [*candidates]:
             if (parts := split_sum(second, effects, self.name())) is not None:
                 candidates.remove(second)
                 candidates += _candidates(parts)
-        sums = [made for second in candidates for made in join_products(second, Effects(graph), self.name())]
+        for second in [x for x in candidates if not is_plain(x)]:
+            candidates.remove(second)
+            try:
+                tried.append(plain(second, effects, self.name()))
+                candidates += _candidates(tried[-1].build.made)
+            except Refuse as refusal:
+                ctx.tried(self.name())
+                ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
+        tried += [
+            made for second in candidates for made in join_products(second, Effects(graph), self.name())
+        ]
         regions = {node for second in candidates for node in (*cone(second.weights), *second.nodes())}
         as_eager = ctx.options.inductor_setting("fallback_random")
         # Anew for each: what was replaced meanwhile may have been its weights, or its product.
@@ -88,7 +103,7 @@ class RewriteAttention(Pass):
                 ctx.fired(self.name())
             except Refuse as refusal:
                 ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
-        for made in reversed(sums):
+        for made in reversed(tried):
             made.settle()
         for call, build in spelled.items():
             take_back(call, build)
@@ -96,9 +111,8 @@ class RewriteAttention(Pass):
     def _spelled_out(self, graph: fx.Graph, ctx: Context) -> dict[fx.Node, Builder]:
         """The calls of the library's attention, and what stands in their place for the while."""
         spelled = {}
-        for node in [
-            n for call in (LIBRARY, ENCODER) for n in graph.find_nodes(op="call_function", target=call)
-        ]:
+        calls = [graph.find_nodes(op="call_function", target=target) for target in (LIBRARY, ENCODER)]
+        for node in (node for found in calls for node in found):
             try:
                 spelled[node] = spell_out(node, Effects(graph), self.name())
             except Refuse as refusal:
@@ -178,11 +192,13 @@ class _Attempt:
         if not self.softmax:
             self._divide_later()
         self.q, self.k, self.v = self._operands()
-        # The axes of the scores that only loads have: q is repeated along them.
+        # The axes of the scores that only loads or positions have: q is repeated along them.
         own = {*atoms(self.q[1]), *atoms(self.k[1])}
         self.loaded = {x for _, axes in self.region.loads.values() for x in atoms(axes)}.difference(
             own, "ijt"
         )
+        if "i" not in own and _is_many(self.second.sizes.get("i", 1)):
+            self.loaded.add("i")
         self._check()
 
     def _is_layer(self) -> bool:
@@ -220,15 +236,17 @@ class _Attempt:
         if keys.count(True) != 1:
             raise Refuse("the scores are no product of a query and a key", product.node)
         q, k = sides[::-1] if keys[0] else sides
-        if ("i",) in furthest(*k, "jd")[1]:
-            apart = {*atoms(q[1])}.difference(atoms(k[1]), atoms(self.second.axes[1]), "d")
-            if len(apart) != 1:
-                raise Refuse("each pair of a query and a key has features of its own", product.node)
-            raise Turn(apart.pop())
-        q, k = furthest(*q, "id"), furthest(*k, "jd")
-        if ("j",) in q[1] or ("i",) in k[1]:
+        k, v = furthest(*k, "jd"), furthest(self.second.values, self.second.axes[1], "je")
+        own = [x for x in atoms(furthest(*q, "d")[1]) if x not in (*atoms(k[1]), *atoms(v[1]), "d")]
+        if ("i",) in k[1] and not own:
+            raise Refuse("each pair of a query and a key has features of its own", product.node)
+        if own and (("i",) in k[1] or self.second.is_longer(self.second.longest(own))):
+            raise Turn(self.second.longest(own))
+        dtype = self.root.meta["val"].dtype
+        q, k = uncast(*furthest(*q, "id"), "id", dtype), uncast(*k, "jd", dtype)
+        if ("j",) in q[1] or "i" in (*atoms(k[1]), *atoms(v[1])):
             raise Refuse("the scores are no product of a query and a key", product.node)
-        return q, k, furthest(self.second.values, self.second.axes[1], "je")
+        return q, k, v
 
     def _check(self) -> None:
         """Raises Refuse where the region must be left as it is."""
@@ -241,7 +259,9 @@ class _Attempt:
             who = "returned to the caller" if user.op == "output" else f"read by {user.name}"
             raise Refuse(f"scores are also {who}", node)
         assert region.product is not None
-        dtypes = {self.root.meta["val"].dtype, region.product.node.meta["val"].dtype}
+        dtype = self.root.meta["val"].dtype
+        exact = all(node.meta["val"].dtype is dtype for node, _ in (self.q, self.k))
+        dtypes = {dtype, dtype if exact else region.product.node.meta["val"].dtype}
         if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
             raise Refuse(f"the contractions are of {', '.join(sorted(map(str, dtypes)))}", self.root)
         shared = not any(axis and axis[0][0] == "b" for axis in self.k[1]) and not is_computed(self.k[0])

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import recompile
 from recompile.passes.rewrite_attention import RewriteAttention
 from recompile.testing import assert_refuses, assert_rewritten_same
+from tests.capturing import without_inductor
 
 B, H, N, D = 3, 2, 7, 8
 
@@ -22,8 +24,8 @@ class Projected(nn.Module):
         return self.function(*(x * scale for x, scale in zip(inputs, self.scales, strict=True)))
 
 
-def ends(function, shapes, dynamic=None, marked=()):
-    """How many attentions there are in the rewritten graph, and the refusals; values and gradients are eager's."""
+def attended(function, shapes, dynamic=None, marked=()):
+    """The attentions in the rewritten graph, and the refusals; values and gradients are eager's."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     given = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -37,7 +39,13 @@ def ends(function, shapes, dynamic=None, marked=()):
         for r in rule.refused
         if rule.name == "rewrite-attention"
     ]
-    return sum("recompile.attention" in str(node.target) for node in graph.nodes), said
+    return [node for node in graph.nodes if "recompile.attention" in str(node.target)], said
+
+
+def ends(*given):
+    """How many attentions there are, and the refusals."""
+    found, said = attended(*given)
+    return len(found), said
 
 
 SIZES = {"static": (False, ()), "dynamic": (True, ()), "of samples": (None, (0,)), "of items": (None, (1,))}
@@ -79,6 +87,16 @@ CASES = {  # the model, the shapes of its inputs, and the refusal; None if it is
     ),
     "heads only in the bias": (
         lambda q, k, v, b: soft((q @ k.mT)[:, None] + b) @ v[:, None], [BATCH] * 3 + [(H, N, N)], None,
+    ),
+    "queries only in the bias": (
+        lambda q, k, v, b: soft(q[:, None] @ k.mT + b) @ v, [(B, D), BATCH, BATCH, (N, N)], None,
+    ),
+    "queries only in their positions": (
+        lambda q, k, v: soft(q[:, None] @ k.mT + later(k.shape[1])) @ v, [(B, D), BATCH, BATCH], None,
+    ),
+    "keys of two letters": (
+        lambda q, k, v: torch.einsum("bnhm,bmhd->bnd", soft(torch.einsum("bnhd,bmhd->bnhm", q, k)), v),
+        [(B, N, H, D)] * 3, "queries, keys or features are taken apart between the contractions",
     ),
     "pairs with features": (lambda q, k, v: soft((q[:, :, None] * k).sum(-1)) @ v, [BATCH, (B, N, N, D), BATCH], PAIRS),
     "positions only": (lambda q, k, v: soft(q @ k.mT) @ v, [Q, Q, BATCH], ONCE),
@@ -130,6 +148,26 @@ SPELLED = {
         [(B, 5, D), BATCH],
     ),
     "features repeated": (lambda q, k, v: soft(q @ k.expand(-1, -1, D).mT) @ v, [BATCH, (B, N, 1), BATCH]),
+    "mean, silu": (lambda q, k, v: (F.silu(q @ k.mT)[..., None] * v[:, None]).mean(2, keepdim=True), [BATCH] * 3),
+    "einsum of three, values": (
+        lambda q, k, v, w: torch.einsum("...nm,...md,de->...ne", soft(q @ k.mT), v, w), [BATCH] * 3 + [(D, 5)],
+    ),
+    "einsum over heads too": (
+        lambda q, k, v: soft(torch.einsum("bnhd,bmhd->bnm", q, k)) @ v, [(B, N, H, D)] * 2 + [BATCH],
+    ),
+    "baddbmm": (lambda q, k, v, x: torch.baddbmm(x, soft(q @ k.mT), v, beta=2, alpha=0.5), [BATCH] * 4),
+    "linear with a bias at the end": (lambda q, k, v, x: F.linear(soft(q @ k.T), v.T, x), [*TWO, (D,)]),
+    "heads of values": (
+        lambda q, k, v: torch.einsum("bnm,bmhd->bnhd", F.silu(q @ k.mT) / N, v), [BATCH] * 2 + [(B, N, H, D)],
+    ),
+    "heads of values first": (
+        lambda q, k, v: torch.einsum("bnm,bmhd->bhnd", F.silu(q @ k.mT) / N, v), [BATCH] * 2 + [(B, N, H, D)],
+    ),
+    "heads of values by matmul": (lambda q, k, v: soft(q @ k.mT)[:, None] @ v, [BATCH] * 2 + [HEADS]),
+    "a mask of a column and a row": (
+        lambda q, k, v, m: soft((q @ k.mT).masked_fill(m.relu()[..., None].bmm(m.relu()[:, None]) == 0, -1e9)) @ v,
+        [BATCH] * 3 + [(B, N)],
+    ),
 }  # fmt: skip
 
 
@@ -139,6 +177,93 @@ def test_every_spelling_of_a_product(name, samples, dynamic):
     function, shapes = SPELLED[name]
     shapes = [(samples, *shape[1:]) if shape[0] == B else shape for shape in shapes]
     assert ends(function, shapes, dynamic) == (1, [])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_bilinear_score_in_one_einsum(sizes):
+    """It is computed as torch does, from the left: its first product is no score, and said to be none."""
+
+    def bilinear(q, w, k, v):
+        return soft(torch.einsum("bnd,de,bme->bnm", q, w, k)) @ v
+
+    shapes = [BATCH, (D, 5), (B, N, 5), BATCH]
+    assert ends(bilinear, shapes, SIZES[sizes][0]) == (
+        1,
+        ["the scores are used as they are: it is a chain of products"],
+    )
+
+
+@pytest.mark.parametrize("sizes", ["static", "of samples", "of items"])
+def test_a_score_that_is_a_mean(sizes):
+    def mean(q, k, v):
+        return soft((q[:, :, None] * k[:, None]).mean(-1)) @ v
+
+    assert ends(mean, [BATCH] * 3, *SIZES[sizes]) == (1, [])
+
+
+def later(n):
+    return torch.ones(n, n, dtype=torch.float64).triu(1) * -1e9
+
+
+SHARED = {  # the model, the shapes of its inputs, and which of q's dims are the queries
+    "heads before": (lambda q, k, v: soft(q @ k[:, None].mT) @ v[:, None], [HEADS, BATCH, BATCH], N),
+    "heads inside, causal": (
+        lambda q, k, v: torch.einsum(
+            "bhnm,bmd->bnhd", soft(torch.einsum("bnhd,bmd->bhnm", q, k) + later(q.shape[1])), v
+        ),
+        [(B, N, H, D), BATCH, BATCH], N,
+    ),
+    "heads inside the scores": (
+        lambda q, k, v: torch.einsum("bnhm,bmd->bnhd", soft(torch.einsum("bnhd,bmd->bnhm", q, k)), v),
+        [(B, N, H, D), BATCH, BATCH], N,
+    ),
+    "candidates": (lambda c, k: soft(c[:, :, None] @ k[:, None].mT) @ k[:, None], [(B, 5, D), BATCH], 5),
+    "candidates, heads": (
+        lambda c, k: soft(c[:, :, :, None] @ k[:, None].mT) @ k[:, None], [(B, 5, H, D), (B, H, N, D)], 5,
+    ),
+    "keys of the model": (lambda q, k, v: soft(q @ k.mT) @ v, [(9, N, D), Q, Q], N),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", SHARED)
+def test_the_longest_axis_of_the_scores_alone_is_that_of_the_queries(name, dynamic):
+    """Not heads that share keys: what is compared by position stays so, and each key is read once for all rows."""
+    function, shapes, rows = SHARED[name]
+    one_length = dynamic and shapes[0][1] == N == shapes[1][1]
+    (found,) = attended(function, shapes, None if one_length else dynamic, (0, 1) if one_length else ())[0]
+    assert dynamic or found.args[0].meta["val"].shape[-2] == rows
+    assert "causal" not in name or found.args[3] == []
+
+
+HALVES = {  # the model, and whether its contractions are both of what the kernel takes
+    "softmax": (lambda q, k, v: soft(q.float() @ k.float().mT / 3).to(v.dtype) @ v, True),
+    "silu, keys transposed first": (lambda q, k, v: (F.silu(q.float() @ k.mT.float()) / N).to(v.dtype) @ v, True),
+    "one side rounded before": (lambda q, k, v: soft((q.float() / 3) @ k.float().mT).to(v.dtype) @ v, False),
+    "in double": (lambda q, k, v: soft(q.double() @ k.double().mT).to(v.dtype) @ v, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, True), (torch.float16, False)])
+@pytest.mark.parametrize("name", HALVES)
+def test_scores_in_float32_of_tensors_in_half_precision(name, dtype, dynamic):
+    """As the kernel computes them anyway; a cast of a rounded tensor is exact, of others it is not seen through."""
+    function, fires = HALVES[name]
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    qkv = [torch.randn(BATCH, dtype=dtype, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(function, backend="recompile", dynamic=dynamic, options={"strict": True})
+    with without_inductor(), recompile.report.collect() as report:
+        actual = compiled(*qkv)
+        found = torch.autograd.grad(actual, qkv, torch.ones_like(actual))
+    (graph,) = report.graphs
+    said = [r.why for entry in graph.passes for rule in entry.rules for r in rule.refused]
+    assert len(graph.regions) == fires and fires != any("the contractions are of" in why for why in said)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    expected = function(*exact)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=2e-2)
+    wanted = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+    torch.testing.assert_close([g.double() for g in found], list(wanted), rtol=2e-2, atol=2e-2)
 
 
 def timed(q, k, times, v):
