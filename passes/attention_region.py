@@ -68,7 +68,7 @@ class Region(Elements):
 
     def _is_within(self, user: fx.Node) -> bool:
         """Whether nobody else reads the scores through `user`: a constant made of them reads their shape only."""
-        if user in self.covered or is_filled(user) or _is_dead(user):
+        if user in self.covered or is_filled(user) or is_dead(user):
             return True
         viewed = getattr(user.target, "overloadpacket", None) in VIEWS
         return viewed and all(self._is_within(n) for n in user.users)
@@ -218,9 +218,9 @@ class Region(Elements):
         return self._normalized(node, logarithm(self.element(upper, axes), node))  # type: ignore[arg-type]
 
 
-def _is_dead(node: fx.Node) -> bool:
+def is_dead(node: fx.Node) -> bool:
     """Whether nobody reads `node`: it stands for something that is tried, see `attention_products.py`."""
-    return node.op == "call_function" and is_pure(node) and all(_is_dead(user) for user in node.users)
+    return node.op == "call_function" and is_pure(node) and all(is_dead(user) for user in node.users)
 
 
 def _without(axes: Axes) -> Axes:

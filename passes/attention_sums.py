@@ -1,4 +1,4 @@
-"""Sums around the contractions of an attention: of two scores, and of two products that are one score."""
+"""Sums around the contractions of an attention: of two scores, of two products that are one score, of two results."""
 
 from __future__ import annotations
 
@@ -43,6 +43,39 @@ def split_sum(second: Second, effects: Effects, rule: str) -> list[fx.Node] | No
     replace((root,), build.call(weights.target, *parts, **weights.kwargs), build)
     erase(root)
     return parts
+
+
+def join_values(seconds: list[Second], effects: Effects, rule: str) -> list[Respelled]:
+    """Makes `p (v + r)` of each `p v + p r`, which read the same weights p twice."""
+    by_node, made = {second.found.node: second for second in seconds}, list[Respelled]()
+    for node in sorted({user for one in by_node for user in one.users}):
+        both = [by_node[x] for x in node.args if isinstance(x, fx.Node) and x in by_node]
+        if node.target is not aten.add.Tensor or node.kwargs or len(both) < 2:
+            continue
+        one, two = both
+        alike = one.weights is two.weights and (one.axes[0], one.axes[2]) == (two.axes[0], two.axes[2])
+        lone = all(list(x.found.node.users) == [node] for x in (one, two))
+        if one is two or not alike or not lone or not same(*(shape(x.found.node) for x in (one, two))):
+            continue
+        build = Builder(effects, node, rule)
+        out, weights = (atoms(one.axes[k]) for k in (2, 0))
+        held = {*atoms(one.axes[1]), *atoms(two.axes[1])}
+        wanted = [x for x in (*one.batch, "j", "e") if x in held]
+        try:
+            values = [arrange(x.values, x.axes[1], wanted, x.sizes, build) for x in (one, two)]
+            sides = [
+                (arrange(one.weights, one.axes[0], weights, one.sizes, build), weights),
+                (build.call(aten.add.Tensor, *values), wanted),
+            ]
+            new = product(sides, [x for x in out if x in (*weights, *wanted)], build)
+            if not same(shape(new), shape(node)):
+                new = build.call(aten.reshape.default, new, list(shape(node)))
+            replace((node,), new, build)
+        except Refuse:
+            build.discard()
+            continue
+        made.append(Respelled(node, build))
+    return made
 
 
 def join_products(second: Second, effects: Effects, rule: str) -> list[Respelled]:

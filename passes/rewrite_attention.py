@@ -46,10 +46,10 @@ from recompile.torch_private.symbols import SYM
 from .attention_cone import cone, has_softmax, is_layer, products
 from .attention_ends import Second, Turn, delivered, furthest, seconds, uncast
 from .attention_products import is_plain, plain, respelled_einsum
-from .attention_region import Region
+from .attention_region import Region, is_dead
 from .attention_row_sums import RowSums, row_sums
 from .attention_softmax import SHIFT, TOTAL, P, factor, leaves_no_nan, logarithm, unshifted
-from .attention_sums import join_products, split_sum
+from .attention_sums import join_products, join_values, split_sum
 from .axes import Axes, Split, arrange, atoms, layout, shape
 from .computed import is_computed
 from .contractions import contraction
@@ -89,6 +89,10 @@ class RewriteAttention(Pass):
             except Refuse as refusal:
                 ctx.tried(self.name())
                 ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
+        joined = join_values(candidates, effects, self.name())
+        candidates = [x for x in candidates if not is_dead(x.found.node)]
+        candidates += _candidates(node for made in joined for node in made.build.made)
+        tried += joined
         tried += [
             made for second in candidates for made in join_products(second, Effects(graph), self.name())
         ]

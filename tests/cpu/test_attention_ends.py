@@ -164,6 +164,15 @@ SPELLED = {
         lambda q, k, v: torch.einsum("bnm,bmhd->bhnd", F.silu(q @ k.mT) / N, v), [BATCH] * 2 + [(B, N, H, D)],
     ),
     "heads of values by matmul": (lambda q, k, v: soft(q @ k.mT)[:, None] @ v, [BATCH] * 2 + [HEADS]),
+    "values and those of keys' positions": (
+        lambda q, k, v, r: (lambda p: p @ v + p @ r)(soft(q @ k.mT)), [BATCH] * 3 + [Q],
+    ),
+    "two values, einsum": (
+        lambda q, k, v, r: (lambda p: torch.einsum("bhnm,bmhd->bnhd", p, v) + torch.einsum("bhnm,mhd->bnhd", p, r))(
+            soft(q @ k.mT)
+        ),
+        [HEADS, HEADS, (B, N, H, D), (N, H, D)],
+    ),
     "a mask of a column and a row": (
         lambda q, k, v, m: soft((q @ k.mT).masked_fill(m.relu()[..., None].bmm(m.relu()[:, None]) == 0, -1e9)) @ v,
         [BATCH] * 3 + [(B, N)],
@@ -310,6 +319,7 @@ def read_twice(second):
 
 REFUSED = {
     "a sum": read_twice(lambda p, v: p @ v),
+    "a sum of values": read_twice(lambda p, v: p @ v + p @ v.relu()),
     "an addend": read_twice(lambda p, v: torch.baddbmm(v, p, v)),
     "a mean": read_twice(lambda p, v: (p[..., None] * v[:, None]).mean(2)),
     "heads": read_twice(lambda p, v: torch.einsum("bnm,bmhd->bnhd", p, v.unflatten(2, (2, -1))).flatten(2)),
