@@ -45,7 +45,7 @@ from recompile.torch_private.symbols import SYM
 
 from .attention_cone import cone, has_softmax, is_layer, products
 from .attention_ends import Second, Turn, delivered, furthest, seconds, uncast
-from .attention_products import is_plain, plain, respelled_einsum
+from .attention_products import Respelled, is_plain, plain, respelled_einsum
 from .attention_region import Region, is_dead
 from .attention_row_sums import RowSums, row_sums
 from .attention_softmax import SHIFT, TOTAL, P, factor, leaves_no_nan, logarithm, unshifted
@@ -71,6 +71,25 @@ class RewriteAttention(Pass):
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         ctx.rule(self.name())
         spelled = self._spelled_out(graph, ctx)
+        candidates, tried = self._respelled(graph, ctx)
+        regions = {node for second in candidates for node in (*cone(second.weights), *second.nodes())}
+        as_eager = ctx.options.inductor_setting("fallback_random")
+        # Anew for each: what was replaced meanwhile may have been its weights, or its product.
+        for second in (second for stale in candidates for second in _candidates([stale.found.node])):
+            ctx.tried(self.name())
+            try:
+                ctx.begin(self.name(), second.found.node)
+                _rewrite(second, Effects(graph), self.name(), regions, bool(as_eager))
+                ctx.fired(self.name())
+            except Refuse as refusal:
+                ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
+        for made in reversed(tried):
+            made.settle()
+        for call, build in spelled.items():
+            take_back(call, build)
+
+    def _respelled(self, graph: fx.Graph, ctx: Context) -> tuple[list[Second], list[Respelled]]:
+        """The second contractions, and all contractions that are written plainer for the while."""
         effects = Effects(graph)
         einsums = list(graph.find_nodes(op="call_function", target=aten.einsum.default))
         tried = [
@@ -93,24 +112,9 @@ class RewriteAttention(Pass):
         candidates = [x for x in candidates if not is_dead(x.found.node)]
         candidates += _candidates(node for made in joined for node in made.build.made)
         tried += joined
-        tried += [
-            made for second in candidates for made in join_products(second, Effects(graph), self.name())
-        ]
-        regions = {node for second in candidates for node in (*cone(second.weights), *second.nodes())}
-        as_eager = ctx.options.inductor_setting("fallback_random")
-        # Anew for each: what was replaced meanwhile may have been its weights, or its product.
-        for second in (second for stale in candidates for second in _candidates([stale.found.node])):
-            ctx.tried(self.name())
-            try:
-                ctx.begin(self.name(), second.found.node)
-                _rewrite(second, Effects(graph), self.name(), regions, bool(as_eager))
-                ctx.fired(self.name())
-            except Refuse as refusal:
-                ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
-        for made in reversed(tried):
-            made.settle()
-        for call, build in spelled.items():
-            take_back(call, build)
+        for second in candidates:
+            tried += join_products(second, Effects(graph), self.name())
+        return candidates, tried
 
     def _spelled_out(self, graph: fx.Graph, ctx: Context) -> dict[fx.Node, Builder]:
         """The calls of the library's attention, and what stands in their place for the while."""
