@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from recompile.rewrite import Builder, arguments, same, same_strides
-from recompile.torch_private.symbols import constant
+from recompile.torch_private.symbols import SYM, constant
 
 aten = torch.ops.aten
 Spelling = Callable[[fx.Node, dict[str, Any], Builder], "fx.Node | None"]
@@ -39,6 +39,57 @@ def spellings_of(node: fx.Node) -> list[Spelling]:
     """What to try on `node`."""
     target = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
     return SPELLINGS.get(target, [])
+
+
+ALIASES = {
+    aten.absolute: aten.abs, aten.negative: aten.neg, aten.fix: aten.trunc, aten.clip: aten.clamp,
+    aten.subtract: aten.sub, aten.multiply: aten.mul, aten.divide: aten.div, aten.true_divide: aten.div,
+    aten.not_equal: aten.ne, aten.less: aten.lt, aten.less_equal: aten.le,
+    aten.greater: aten.gt, aten.greater_equal: aten.ge, aten.special_expit: aten.sigmoid,
+    aten.arccos: aten.acos, aten.arccosh: aten.acosh, aten.arcsin: aten.asin, aten.arcsinh: aten.asinh,
+    aten.arctan: aten.atan, aten.arctanh: aten.atanh, aten.arctan2: aten.atan2,
+}  # fmt: skip
+
+
+@spelling(*ALIASES)
+def operator_from_alias(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`multiply`, `clip`, `less_equal`, NumPy's names, are `mul`, `clamp`, `le`."""
+    op: Any = node.target
+    return build.call(getattr(ALIASES[op.overloadpacket], op._overloadname), *node.args, **node.kwargs)
+
+
+@spelling(aten.detach)
+def drop_detach(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`x.detach()` is `x` if that is made of integers: it has no gradient."""
+    return None if _may_have_gradient(node.args[0]) else node.args[0]  # type: ignore[arg-type,return-value]
+
+
+def _may_have_gradient(node: fx.Node) -> bool:
+    """Whether a real number, as only these have gradients, comes into the graph above `node`, through real ones."""
+    todo, seen = [node], {node}
+    while todo:
+        node = todo.pop()
+        value = node.meta.get("val")
+        real = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        if isinstance(value, (Tensor, *SYM)) and not real:
+            continue
+        if node.op != "call_function":
+            return True
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        todo += new
+    return False
+
+
+@spelling(torch.tensor)
+def full_from_tensor(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`torch.tensor(-1e9)` is `full([], -1e9)`."""
+    value = node.meta["val"]
+    if len(node.args) != 1 or not isinstance(node.args[0], (bool, int, float)):
+        return None
+    if not node.kwargs.keys() <= {"dtype", "device"}:
+        return None
+    return build.call(aten.full.default, [], node.args[0], dtype=value.dtype, device=value.device)
 
 
 @spelling(
@@ -86,6 +137,21 @@ def select_from_unbind(node: fx.Node, given: dict[str, Any], build: Builder) -> 
     if not isinstance(pieces, fx.Node) or pieces.target is not aten.unbind.int:
         return None
     return build.equal(aten.select.int, pieces.args[0], _dim(pieces), index)
+
+
+@spelling(operator.getitem)
+def expand_from_meshgrid(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`meshgrid(a, b)[0]` is `expand(reshape(a, [-1, 1]), ...)`."""
+    grids, place = node.args
+    if not isinstance(grids, fx.Node) or grids.target not in (aten.meshgrid.default, aten.meshgrid.indexing):
+        return None
+    asked = arguments(grids)
+    tensors, columns_first = asked["tensors"], asked.get("indexing") == "xy"
+    dim = 1 - place if columns_first and len(tensors) > 1 and place < 2 else place  # type: ignore[operator]
+    line = build.call(
+        aten.reshape.default, tensors[place], [-1 if k == dim else 1 for k in range(len(tensors))]
+    )
+    return build.call(aten.expand.default, line, list(node.meta["val"].shape))
 
 
 _EQUAL_PIECES = (aten.split.Tensor, aten.chunk.default)  # equal but for the last

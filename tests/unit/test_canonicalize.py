@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from recompile.passes.canonicalize import Canonicalize
 from recompile.passes.dead_code import DeadCode
+from recompile.passes.spellings import ALIASES
 from recompile.rewrite import Context
 
 aten = torch.ops.aten
@@ -82,6 +83,18 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {  # of x[2, 3, 4
     "view_as": (lambda x: x.flatten().view_as(x), "reshape reshape"),
     "expand_as": (lambda x: x[:, :, :1].expand_as(x), "slice expand"),
     "type_as": (lambda x: x.type_as(torch.empty(0, dtype=torch.float64)), "to"),
+    "multiply": (lambda x: torch.multiply(x, x + 1), "add mul"),
+    "subtract twice of": (lambda x: torch.subtract(x, x + 1, alpha=2), "add sub"),
+    "divide, rounded": (lambda x: torch.divide(x, 0.3, rounding_mode="floor") * x, "div mul"),
+    "clip from above": (lambda x: x.clip(max=0.5), "clamp"),
+    "less_equal": (lambda x: torch.where(torch.less_equal(x, 0.1), x, torch.negative(x)), "le neg where"),
+    "arctan": (lambda x: x.arctan(), "atan"),
+    "detach of integers": (lambda x: x * x.long().detach(), "to mul"),
+    "detach of what is made of truths": (lambda x: x * (x > 0).float().mul(2).detach(), "gt to mul mul"),
+    "meshgrid": (lambda x: torch.meshgrid(x[0, 0], x[0, :, 0], indexing="ij")[1],
+        "select select reshape expand"),
+    "meshgrid, xy": (lambda x: torch.meshgrid(x[0, 0], x[0, :, 0], indexing="xy")[1],
+        "select select reshape expand"),
     "square": (lambda x: torch.square(x), "pow"),
     "x * x": (lambda x: x * x, "pow"),
     "x * y": (lambda x: x * (x + 1), "add mul"),
@@ -122,6 +135,14 @@ def _same_gradient(gm: fx.GraphModule, function: Callable[[Tensor], Tensor]) -> 
         seed = torch.randn_like(wanted)
         grads = [torch.autograd.grad(y, x, seed)[0] for y in (got, wanted)]
         torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)  # several uses may add up in another order
+
+
+@pytest.mark.parametrize("alias", ALIASES, ids=str)
+def test_an_alias_is_called_like_its_operator(alias: Any) -> None:
+    for name in alias.overloads():
+        if not name.endswith("out") and "out_" not in name:
+            own, other = (str(getattr(x, name)._schema).partition("(") for x in (alias, ALIASES[alias]))
+            assert own[2] == other[2]
 
 
 def test_dimensions_count_from_the_front() -> None:
