@@ -12,6 +12,8 @@ and functions beyond sympy's own arithmetic, exp, log, tanh, Abs and sign:
     where(c, a, b)   a where c holds, else b; differentiable in a and b
     sigmoid(x)
     erf(x)           the error function
+    log2(x), log10(x)
+    floor(x), nearest(x)    a whole number, a real one; halves go to the even one
     div(a, b)        a / b, rounded once (sympy would multiply by a rounded 1 / b, and change a bucket's border)
     trunc(x)         the integer that a cast makes of x
     floordiv(a, b)   of integers, b > 0
@@ -63,6 +65,59 @@ class erf(scalar.Real):
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         return sympy.Float(2 / math.sqrt(math.pi)) * sympy.exp(-(self.args[0] ** 2))
+
+
+class _Logarithm(scalar.Real):
+    """To a base of whose powers it is exact, unlike `log(x) / log(base)`."""
+
+    nargs = 1
+    BASE = 0
+
+    @classmethod
+    def eval(cls, x: Any) -> Any:
+        if not x.is_number or not x >= 0:
+            return None
+        return sympy.N(sympy.log(x, cls.BASE)) if x > 0 else -sympy.oo
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return 1 / (self.args[0] * sympy.Float(math.log(self.BASE)))
+
+
+class log2(_Logarithm):
+    """The logarithm to the base of 2."""
+
+    BASE = 2
+
+
+class log10(_Logarithm):
+    """The logarithm to the base of 10."""
+
+    BASE = 10
+
+
+class _Whole(scalar.Real):
+    """A whole number, real by its kind: it changes in steps."""
+
+    nargs = 1
+
+    def _eval_derivative(self, x: sympy.Symbol) -> sympy.Expr:
+        return sympy.Integer(0)
+
+
+class floor(_Whole):
+    """The greatest one that is not above x."""
+
+    @classmethod
+    def eval(cls, x: Any) -> Any:
+        return sympy.floor(x) if x.is_number else None
+
+
+class nearest(_Whole):
+    """The nearest one, of two the even one."""
+
+    @classmethod
+    def eval(cls, x: Any) -> Any:
+        return sympy.Integer(round(float(x))) if x.is_number and x.is_finite else None
 
 
 class div(scalar.Real):
@@ -119,6 +174,10 @@ _CALLS: dict[str, Any] = {
     "uniform": uniform,
     "sigmoid": sigmoid,
     "erf": erf,
+    "log2": log2,
+    "log10": log10,
+    "floor": floor,
+    "nearest": nearest,
     "div": div,
     "trunc": trunc,
     "floordiv": floordiv,
@@ -141,6 +200,10 @@ _REAL = (
     where,
     sigmoid,
     erf,
+    log2,
+    log10,
+    floor,
+    nearest,
     div,
     floordiv,
     uniform,
@@ -275,7 +338,7 @@ def _applied(expr: sympy.Basic, *args: Any) -> Any:
         return _tensor(args[0]).to(torch.int64)
     if isinstance(expr, Not):
         return torch.logical_not(_tensor(args[0]))
-    name = {"Abs": "abs"}.get(type(expr).__name__, type(expr).__name__)
+    name = {"Abs": "abs", "nearest": "round"}.get(type(expr).__name__, type(expr).__name__)
     return getattr(torch, name)(_tensor(args[0]))
 
 
@@ -293,7 +356,7 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
 
 def _read(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Element `index` of the last dim, for every batch index: `[*batch, T]`, `[*batch, M, N]`."""
-    index = _tensor(index)
+    index = torch.atleast_2d(_tensor(index))  # type: ignore[no-untyped-call]
     batch = torch.broadcast_shapes(table.shape[:-1], index.shape[:-2])  # type: ignore[no-untyped-call]
     index = index.expand(*batch, *index.shape[-2:])
     rows = table.expand(*batch, table.shape[-1])

@@ -14,7 +14,19 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
 from recompile.lowering import scalar
-from recompile.lowering.score import div, erf, floordiv, sigmoid, trunc, uniform, where
+from recompile.lowering.score import (
+    div,
+    erf,
+    floor,
+    floordiv,
+    log2,
+    log10,
+    nearest,
+    sigmoid,
+    trunc,
+    uniform,
+    where,
+)
 
 # exp: 2^n (1 + r + ...), the polynomial of Cephes' expf, doubled so that 2^(n - 1) stays representable. Results below
 # the normal numbers are 0. log: Cephes' range, a polynomial fitted to 2e-10, and the large terms summed with their
@@ -82,7 +94,7 @@ INLINED float erf(float x) {
   const float far = 1.0f - exp(fma(q, y, 1.88037069e-4f));
   return select(a < 1.0f, fma(p, x, x), x < 0 ? -far : far);
 }
-INLINED float log(float x) {
+template <int base> INLINED float logarithm(float x) {  // base 0: the natural one
   const bool tiny = x < 1.17549435e-38f;
   const float y = select(tiny, x * 8388608.0f, x);
   const int32_t e = (bits(y) - 0x3f3504f3) >> 23;
@@ -99,12 +111,25 @@ INLINED float log(float x) {
   p = fma(p, f, 0.333333313f);
   const float h = f * f, h_low = fma(f, f, -h), half = 0.5f * h;
   const float s = f - half, s_low = (f - s) - half;
-  const float top = n * 0.693359375f, sum = top + s, sum_low = (top - sum) + s;
-  const float small = fma(n, -2.12194440e-4f, fma(h * f, p, fma(-0.5f, h_low, s_low)));
+  float part = s, rest = fma(h * f, p, fma(-0.5f, h_low, s_low));  // the logarithm of 1 + f is part + rest
+  if constexpr (base != 0) {
+    constexpr float high = base == 2 ? 1.44269502f : 0.434294492f, low = base == 2 ? 1.92596299e-8f : -1.01030501e-8f;
+    part = s * high;
+    rest = fma(s, high, -part) + fma(s, low, rest * high);
+  }
+  constexpr float unit = base == 2 ? 1.0f : base == 10 ? 0.301025391f : 0.693359375f;
+  constexpr float unit_low = base == 2 ? 0.0f : base == 10 ? 4.60503898e-6f : -2.12194440e-4f;
+  const float top = n * unit, sum = top + part, sum_low = (top - sum) + part;
+  const float small = fma(n, unit_low, rest);
   const float found = sum + (sum_low + small);
   const float inf = std::numeric_limits<float>::infinity();
   return select(x > 0, select(x < inf, found, x), select(x == 0, -inf, std::numeric_limits<float>::quiet_NaN()));
 }
+INLINED float log(float x) { return logarithm<0>(x); }
+INLINED float log2(float x) { return logarithm<2>(x); }
+INLINED float log10(float x) { return logarithm<10>(x); }
+INLINED float floor(float x) { return std::floor(x); }
+INLINED float nearest(float x) { return std::nearbyint(x); }
 // Correctly rounded where there is an fma: the estimate is corrected by what its square leaves of x (Markstein 1990).
 // Inductor asks for errno, which std::sqrt sets in a branch.
 INLINED float sqrt(float x) {
@@ -175,6 +200,10 @@ _FUNCTIONS = {
     sympy.tanh: "tanh",
     sigmoid: "sigmoid",
     erf: "erf",
+    log2: "log2",
+    log10: "log10",
+    floor: "floor",
+    nearest: "nearest",
     sympy.Heaviside: "step",
 }
 

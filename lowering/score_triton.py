@@ -18,7 +18,21 @@ import sympy
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
 from recompile.lowering import scalar
-from recompile.lowering.score import div, erf, floordiv, is_table, kind, sigmoid, trunc, uniform, where
+from recompile.lowering.score import (
+    div,
+    erf,
+    floor,
+    floordiv,
+    is_table,
+    kind,
+    log2,
+    log10,
+    nearest,
+    sigmoid,
+    trunc,
+    uniform,
+    where,
+)
 
 LOG2E = 1 / math.log(2)
 
@@ -188,8 +202,17 @@ class Statements:
         return name
 
     def called(self, expr: sympy.Basic) -> str:
-        name = {sympy.exp: "tl.exp", sympy.log: "tl.log", sigmoid: "tl.sigmoid", erf: "tl.erf"}[expr.func]
-        return f"{name}({bare(self.real(expr.args[0]))})"
+        return f"{_CALLED[expr.func]}({bare(self.real(expr.args[0]))})"
+
+    def decimal(self, expr: sympy.Basic) -> str:
+        return f"({math.log10(2)!r} * tl.log2({bare(self.real(expr.args[0]))}))"
+
+    def rounded(self, expr: sympy.Basic) -> str:
+        """Of the two around a half the even one."""
+        x = self.real(expr.args[0])
+        low = f"tl.floor({bare(x)})"
+        beyond = f"tl.where({x} - {low} > 0.5, {low} + 1.0, 2.0 * tl.floor(0.5 * {x} + 0.25))"
+        return f"tl.where({x} - {low} < 0.5, {low}, {beyond})"
 
     def tanh(self, expr: sympy.Basic) -> str:
         """2 sigmoid(2 x) - 1, which neither infinity breaks."""
@@ -213,8 +236,13 @@ _PRINTERS: list[tuple[Any, Callable[[Statements, sympy.Basic], str]]] = [
     (sympy.Abs, Statements.magnitude),
     (sympy.tanh, Statements.tanh),
     (uniform, Statements.random),
-    ((sympy.exp, sympy.log, sigmoid, erf), Statements.called),
+    (log10, Statements.decimal),
+    (nearest, Statements.rounded),
+    ((sympy.exp, sympy.log, log2, floor, sigmoid, erf), Statements.called),
 ]
+_CALLED = {
+    sympy.exp: "tl.exp", sympy.log: "tl.log", log2: "tl.log2", floor: "tl.floor", sigmoid: "tl.sigmoid", erf: "tl.erf",
+}  # fmt: skip
 
 
 def _times(text: str, factor: int) -> str:
@@ -267,7 +295,7 @@ def _parts(expr: sympy.Basic) -> Sequence[sympy.Basic]:
         if _is_negative(expr.exp):
             return [1 / expr]
         return [expr.base] * (int(expr.exp) if expr.exp.is_Integer and expr.exp <= 4 else 1)
-    if isinstance(expr, (sympy.Mod, floordiv, sympy.sign)) and kind(expr) != "truth":
+    if isinstance(expr, (sympy.Mod, floordiv, nearest, sympy.sign)) and kind(expr) != "truth":
         return [arg for arg in expr.args for _ in range(2)]
     return list(expr.args)
 

@@ -16,10 +16,25 @@ import torch
 from torch import fx
 
 from recompile.lowering import scalar
-from recompile.lowering.score import atleast, atmost, div, erf, floordiv, kind, sigmoid, trunc, where
+from recompile.lowering.score import (
+    atleast,
+    atmost,
+    div,
+    erf,
+    floor,
+    floordiv,
+    kind,
+    log2,
+    log10,
+    nearest,
+    sigmoid,
+    trunc,
+    where,
+)
 from recompile.rewrite import Refuse, arguments
 
 from . import score_activations as activations
+from .score_relations import related
 
 aten = torch.ops.aten
 Expr: TypeAlias = sympy.Basic
@@ -115,13 +130,15 @@ def product(a: Expr, b: Expr) -> Expr:
     """a * b, also of truths."""
     if scalar.is_truth(a) and scalar.is_truth(b):
         return sympy.And(a, b)
+    a, b = real(a), real(b)
     for mask, other in ((a, b), (b, a)):
-        if scalar.is_truth(mask):
-            return where(mask, other, sympy.Integer(0))
-        if isinstance(mask, where) and mask.args[1:] == (1, 0) and not other.is_number:
-            return where(mask.args[0], other, sympy.Integer(0))
-        if isinstance(mask, where) and mask.args[1:] == (0, 1) and not other.is_number:
-            return where(sympy.Not(mask.args[0]), other, sympy.Integer(0))
+        if isinstance(mask, where) and mask.args[1:] in ((1, 0), (0, 1)) and not other.is_number:
+            c = mask.args[0] if mask.args[1] == 1 else sympy.Not(mask.args[0])
+            if isinstance(other, where) and 0 in other.args[1:]:  # one mask, as it can be told apart
+                inner, x, y = other.args
+                both = sympy.And(c, inner if y == 0 else sympy.Not(inner))
+                return where(both, x if y == 0 else y, sympy.Integer(0))
+            return where(c, other, sympy.Integer(0))
     return _lifted(lambda x, y: x * y)(a, b)
 
 
@@ -141,8 +158,34 @@ def _divide(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
     a, b, mode = real(of(given["self"])), real(of(given["other"])), given.get("rounding_mode")
     if mode is None:
         return over(a, b)
+    if not kind(a) == kind(b) == "integer":
+        return _toward_zero(over(a, b)) if mode == "trunc" else None  # eager's floor is no quotient's
+    if not (b.is_Integer and b > 0):
+        return None
+    down = floordiv(a, b)
+    return down if mode == "floor" else where(a < 0, -floordiv(-a, b), down)
+
+
+def _remainder(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
+    a, b = real(of(given["self"])), real(of(given["other"]))
     whole = kind(a) == kind(b) == "integer" and b.is_Integer and b > 0
-    return floordiv(a, b) if mode == "floor" and whole else None
+    return sympy.Mod(a, b) if whole else None
+
+
+def _whole(function: Callable[[Expr], Expr]) -> Callable[..., Expr | None]:
+    """What a real number is rounded to; an integer stays."""
+
+    def rounded(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
+        x = real(of(given["self"]))
+        if given.get("decimals", 0) != 0:
+            return None
+        return x if kind(x) == "integer" else _lifted(function)(x)
+
+    return rounded
+
+
+def _toward_zero(x: Expr) -> Expr:
+    return where(x < 0, -floor(-x), floor(x))
 
 
 def _unary(function: Callable[[Expr], Expr]) -> Callable[..., Expr]:
@@ -154,15 +197,7 @@ def _binary(function: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
 
 
 def _compare(relation: Any) -> Callable[..., Expr]:
-    def compare(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
-        a, b = of(given["self"]), of(given["other"])
-        if scalar.is_truth(a) and b in (0, 1) and relation in (sympy.Eq, sympy.Ne):
-            return a if (b == 1) == (relation is sympy.Eq) else sympy.Not(a)
-        if isinstance(a, where) and b == 0 and relation in (sympy.Eq, sympy.Ne):
-            return truth(a) if relation is sympy.Ne else sympy.Not(truth(a))
-        return relation(real(a), real(b))
-
-    return compare
+    return lambda given, of: related(relation, real(of(given["self"])), real(of(given["other"])))
 
 
 def _clamp(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
@@ -226,6 +261,10 @@ def _invert(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
     return sympy.Not(x) if scalar.is_truth(x) else None  # ~1 is -2
 
 
+def _differ(a: Expr, b: Expr) -> Expr:
+    return sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b))
+
+
 def _bits(joined: Any) -> Callable[..., Expr | None]:
     def join(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
         a, b = of(given["self"]), of(given["other"])
@@ -251,10 +290,17 @@ _OPS: dict[Any, Callable[..., Expr | None]] = {
     aten.mul: _binary(product),
     aten.div: _divide,
     aten.floor_divide: lambda given, of: _divide({**given, "rounding_mode": "floor"}, of),
+    aten.remainder: _remainder,
+    aten.floor: _whole(floor),
+    aten.ceil: _whole(lambda x: -floor(-x)),
+    aten.round: _whole(nearest),
+    aten.trunc: _whole(_toward_zero),
     aten.neg: _unary(lambda x: -x),
     aten.abs: _unary(sympy.Abs),
     aten.exp: _unary(sympy.exp),
     aten.log: _unary(lambda x: sympy.log(x) if x != 0 else -sympy.oo),
+    aten.log2: _unary(log2),
+    aten.log10: _unary(log10),
     aten.log1p: _unary(lambda x: sympy.log(1 + x)),
     aten.sqrt: _unary(sympy.sqrt),
     aten.rsqrt: _unary(lambda x: 1 / sympy.sqrt(x)),
@@ -297,9 +343,12 @@ _OPS: dict[Any, Callable[..., Expr | None]] = {
     aten.logical_not: lambda given, of: sympy.Not(truth(of(given["self"]))),
     aten.logical_and: lambda given, of: sympy.And(truth(of(given["self"])), truth(of(given["other"]))),
     aten.logical_or: lambda given, of: sympy.Or(truth(of(given["self"])), truth(of(given["other"]))),
+    aten.logical_xor: lambda given, of: _differ(truth(of(given["self"])), truth(of(given["other"]))),
     aten.bitwise_and: _bits(sympy.And),
     aten.__and__: _bits(sympy.And),
     aten.bitwise_or: _bits(sympy.Or),
     aten.__or__: _bits(sympy.Or),
+    aten.bitwise_xor: _bits(_differ),
+    aten.__xor__: _bits(_differ),
 }
 KNOWN = frozenset(_OPS)

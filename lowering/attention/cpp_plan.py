@@ -16,10 +16,25 @@ import sympy
 from recompile.lowering import score as language
 from recompile.lowering.attention.spec import Attention
 from recompile.lowering.lookup.cpp_common import Operand
-from recompile.lowering.score import I, J, M, N, div, erf, floordiv, sigmoid, trunc
+from recompile.lowering.score import (
+    I,
+    J,
+    M,
+    N,
+    div,
+    erf,
+    floor,
+    floordiv,
+    log2,
+    log10,
+    nearest,
+    sigmoid,
+    trunc,
+)
 from recompile.lowering.score_cpp import ctype
 
-_COSTLY = (sympy.exp, sympy.log, sympy.tanh, sympy.Mod, sigmoid, erf, div, trunc, floordiv)
+_ROUNDED = (trunc, floor, nearest, floordiv, sympy.Mod)
+_COSTLY = (sympy.exp, sympy.log, sympy.tanh, log2, log10, sigmoid, erf, div, *_ROUNDED)
 _REAL = ("float", "at::BFloat16", "at::Half")
 _NARROW = ("bool", "uint8_t", "int8_t", "int16_t")
 
@@ -215,8 +230,8 @@ class Plan:
 
 
 def _smooth(expr: sympy.Basic) -> sympy.Basic:
-    """`expr`, with quotients by what is the same for all pairs as products, where no integer is made of them."""
-    if not expr.args or isinstance(expr, (trunc, floordiv, sympy.Mod)) or language.is_table(expr):
+    """`expr`, with quotients by what is the same for all pairs as products, where no whole number is made of them."""
+    if not expr.args or isinstance(expr, _ROUNDED) or language.is_table(expr):
         return expr
     args = [_smooth(arg) for arg in expr.args]
     if isinstance(expr, div) and args[1].free_symbols <= {M, N}:

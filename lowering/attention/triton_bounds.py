@@ -16,7 +16,19 @@ import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, Or
 
-from recompile.lowering.score import div, erf, floordiv, kind, sigmoid, trunc, where
+from recompile.lowering.score import (
+    div,
+    erf,
+    floor,
+    floordiv,
+    kind,
+    log2,
+    log10,
+    nearest,
+    sigmoid,
+    trunc,
+    where,
+)
 
 Interval = tuple[float, float]
 EVERYTHING: Interval = (-math.inf, math.inf)
@@ -59,14 +71,21 @@ def _remainder(parts: list[Interval]) -> Interval:
     return (lo, hi) if lo >= 0 and hi < b else (0, b)
 
 
+def _whole(parts: list[Interval]) -> Interval:
+    """One to spare: what becomes a whole number was rounded."""
+    ((lo, hi),) = parts
+    return lo - 1, hi + 1
+
+
 def _magnitude(parts: list[Interval]) -> Interval:
     ((lo, hi),) = parts
     return max(lo, -hi, 0), max(-lo, hi)
 
 
-def _logarithm(parts: list[Interval]) -> Interval:
+def _logarithm(parts: list[Interval], of: Callable[[float], float] = math.log) -> Interval:
     ((lo, hi),) = parts
-    return math.log(lo) if lo > 0 else -math.inf, min(math.log(hi), 89.0) if hi > 0 else 89.0
+    most = math.ceil(of(2.0**128))
+    return of(lo) if lo > 0 else -math.inf, min(of(hi), most) if 0 < hi < math.inf else most
 
 
 _RULES: dict[Any, Callable[[list[Interval]], Interval]] = {
@@ -77,12 +96,13 @@ _RULES: dict[Any, Callable[[list[Interval]], Interval]] = {
     sympy.Mod: _remainder,
     sympy.Abs: _magnitude,
     sympy.log: _logarithm,
+    log2: lambda parts: _logarithm(parts, math.log2),
+    log10: lambda parts: _logarithm(parts, math.log10),
     sigmoid: lambda parts: (0.0, 1.0),
     erf: lambda parts: (-1.0, 1.0),
     sympy.tanh: lambda parts: (-1.0, 1.0),
     div: _quotient,
-    # One to spare: what is truncated was rounded.
-    trunc: lambda parts: (parts[0][0] - 1, parts[0][1] + 1),
+    **dict.fromkeys((trunc, floor, nearest), _whole),
     floordiv: lambda parts: (_quotient(parts)[0] - 1, _quotient(parts)[1]),
 }
 
