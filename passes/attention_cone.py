@@ -16,6 +16,7 @@ from . import score_ops
 from .axes import COPIES, shape
 from .computed import is_computed
 from .contractions import Contraction, contraction
+from .looked_up import LOOKUPS
 
 aten = torch.ops.aten
 CASTS = (aten.to, aten._to_copy)
@@ -126,7 +127,7 @@ def _keeps(node: fx.Node, source: fx.Node) -> bool:
 _LAYERS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _TRANSPARENT = {
     aten.softmax, aten._softmax, aten._safe_softmax,
-    aten.amax, aten.max, aten.sum, aten.tril, aten.triu, aten.index, aten.embedding,
+    aten.amax, aten.max, aten.sum, aten.tril, aten.triu, aten.bucketize, *LOOKUPS,
     aten.unsqueeze, aten.permute, aten.expand, aten.repeat, aten.repeat_interleave, aten.contiguous, aten.clone,
     aten.alias, aten.detach, aten._unsafe_view, aten.reshape, aten.view, aten.squeeze,
     aten.select_scatter, aten.slice_scatter,

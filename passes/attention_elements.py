@@ -24,9 +24,11 @@ from .attention_cone import CASTS, CONSTANTS, FILLED, is_filled
 from .axes import Axes, before_view, shape
 from .contractions import Contraction, contraction
 from .index_bounds import is_nonnegative
+from .looked_up import LOOKUPS, looked_up, padding
 
 aten = torch.ops.aten
 _EXACT = frozenset("ijMN")
+_MANY_EDGES = 16  # of buckets: each is a comparison for every pair
 
 
 class Elements(ABC):
@@ -43,7 +45,7 @@ class Elements(ABC):
         self, weights: fx.Node, path: set[fx.Node], sizes: dict[str, Any], regions: set[fx.Node]
     ) -> None:
         self.weights, self.path, self.sizes, self.regions = weights, path, sizes, regions
-        # Of a dropout its seeds, of a number that is not known a tensor of it.
+        # Of a dropout its seeds, of a number that is not known a tensor of it, of an embedding with padding its table.
         self.loads: dict[str, tuple[fx.Node, Axes]] = {}
         self.covered: dict[fx.Node, None] = {}
         self._known: dict[tuple[fx.Node, Axes], sympy.Basic] = {}
@@ -174,37 +176,54 @@ class Elements(ABC):
             return None if fill is None else score_ops.number(fill)
         if packet is aten.arange:
             return _counted(node, axes)
-        if packet is aten.index or packet is aten.embedding:
+        if packet is aten.eye:
+            return _diagonal(node, axes)
+        if packet in LOOKUPS:
             return self._table(node, axes)
+        if packet is aten.bucketize:
+            return self._bucket(node, axes)
         return self._computed(node, axes)
 
     def _table(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
-        """`table[index]` and `embedding(table, index)`: rows of a table, one for each pair."""
-        given = arguments(node)
-        if node.target is aten.embedding.default:
-            table, index = given["weight"], given["indices"]
-            if given["padding_idx"] >= 0 or given["sparse"]:
-                return None
-        else:
-            table, indices = given["self"], given["indices"]
-            index = indices[0] if len(indices) == 1 else None
-        if not isinstance(index, fx.Node) or index.meta["val"].dtype is torch.bool:
+        """`table[:, index]` and `embedding(table, index)`: what a table has in one dim, one for each pair."""
+        if (found := looked_up(node)) is None:
             return None
-        if not table.meta["val"].is_floating_point():
+        table, dim, index = found
+        if padding(table) is not None:  # one with a padding stands for its own table below
             return None
-        rank = len(shape(index))
-        columns = axes[rank:]
-        if {"i", "j"} & {atom for axis in columns for atom in axis}:
+        if index.meta["val"].dtype is torch.bool or not table.meta["val"].is_floating_point():
             return None
-        place = self.element(index, axes[:rank])
-        rows = shape(table)[0]
+        end = dim + len(shape(index))
+        before, after = axes[:dim], axes[end:]
+        if {"i", "j"} & {atom for axis in before + after for atom in axis}:
+            return None
+        place, size = self.element(index, axes[dim:end]), shape(table)[dim]
         if kind(place) != "integer":
             return None
         if node.target is aten.index.Tensor and not is_nonnegative(place, *self._counts()):
-            if not isinstance(rows, int):
+            if not isinstance(size, int):
                 return None
-            place = where(place < 0, place + rows, place)  # as Python's indices, from the end
-        return table_of(self._name("T", table, (("t",), *columns)))(place)
+            place = where(place < 0, place + size, place)  # as Python's indices, from the end
+        held = table if padding(node) is None else node
+        return table_of(self._name("T", held, (*before, ("t",), *after)))(place)
+
+    def _bucket(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
+        """`bucketize(x, edges)`: how many edges x is beyond, if they are few; all for NaN."""
+        given = arguments(node)
+        x, edges = given["self"], given["boundaries"]
+        (count,) = shape(edges)
+        if not isinstance(x, fx.Node) or not isinstance(count, int) or count > _MANY_EDGES:
+            return None
+        if edges.target is torch.tensor and edges.args[0]:
+            bounds = [score_ops.number(edge) for edge in edges.args[0]]
+        elif edges.meta["val"].is_floating_point():
+            table = table_of(self._name("T", edges, (("t",),)))
+            bounds = [table(k) for k in range(count)]
+        else:
+            return None
+        value = score_ops.real(self.element(x, axes))
+        before = [value < edge if given["right"] else value <= edge for edge in bounds]
+        return sympy.Add(*[where(part, sympy.Integer(0), sympy.Integer(1)) for part in before])
 
     def _counts(self) -> tuple[sympy.Basic, sympy.Basic]:
         """The numbers of queries and of keys."""
@@ -271,6 +290,15 @@ def _counted(node: fx.Node, axes: Axes) -> sympy.Basic | None:
     if position is None or type(start) is not int or type(step) is not int:
         return None
     return start + step * position
+
+
+def _diagonal(node: fx.Node, axes: Axes) -> sympy.Basic | None:
+    """`eye`: whether a row is a column."""
+    row, column = (_position(axis) for axis in axes)
+    if row is None or column is None:
+        return None
+    same_place = sympy.Eq(row, column)
+    return same_place if node.meta["val"].dtype is torch.bool else score_ops.real(same_place)
 
 
 def _position(axis: tuple[str, ...]) -> sympy.Basic | None:

@@ -65,6 +65,8 @@ def before_view(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
     given, packet = arguments(node), node.target.overloadpacket
     if packet is aten.unsqueeze:
         return source, axes[: given["dim"]] + axes[given["dim"] + 1 :]
+    if packet is aten.select and same(shape(source)[given["dim"]], 1):
+        return source, (*axes[: given["dim"]], (), *axes[given["dim"] :])
     if packet is aten.permute:
         return source, tuple(axes[given["dims"].index(k)] for k in range(len(axes)))
     if packet is aten.expand or packet is aten.repeat:

@@ -54,6 +54,7 @@ from .axes import Axes, Split, arrange, atoms, layout, shape
 from .computed import is_computed
 from .contractions import contraction
 from .library_attention import ENCODER, LIBRARY, by_library, spell_out, take_back
+from .looked_up import padding, without_padding
 from .score_masks import divided, masks
 
 aten = torch.ops.aten
@@ -384,7 +385,8 @@ class _Attempt:
         atoms = [*self.second.batch, *("t" if name[0] == "T" else "ij")]
         sizes = self.second.sizes
         if name[0] == "T":
-            sizes = {**sizes, "t": shape(node)[0]}
+            node = node if padding(node) is None else without_padding(node, build)
+            sizes = {**sizes, "t": shape(node)[axes.index(("t",))]}
         return self._loaded(node, axes, atoms, sizes, build)
 
     def _loaded(

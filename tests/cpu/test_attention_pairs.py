@@ -1,0 +1,248 @@
+"""What is another for each pair of a query and a key: computed in the kernel, whatever the spelling, and never held."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from recompile.lowering.attention import Attention
+from recompile.testing import assert_rewritten_same
+from tests.cpu.test_attention import attentions, score_sized
+
+B, H, N, D, T = 2, 2, 7, 8, 33
+STAMPS = torch.tensor([[-1, 0, 9, 64, 65, 1000, 4096], [3, 3, 63, 164, 414, 1150, 2500]])
+KEPT = torch.tensor([[1, 1, 1, 0, 1, 0, 0], [1, 0, 1, 1, 1, 1, 1]])
+LENGTHS, TARGETS = torch.tensor([N, 5]), torch.tensor([2, 1])
+
+
+class Model(nn.Module):
+    """`function(q, k, v, *parameters, *inputs)` of rows that are an input: so their number may be dynamic."""
+
+    def __init__(self, function, *shapes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        made = [torch.randn(s, dtype=torch.float64) for s in (*[(D, D)] * 3, *shapes)]
+        self.parts = nn.ParameterList(map(nn.Parameter, made))
+
+    def forward(self, x, *inputs):
+        q, k, v, *rest = self.parts
+        return self.function(x @ q, x @ k, x @ v, *rest, *inputs)
+
+
+def assert_computed(model, *inputs, dynamic=False) -> Attention:
+    """It fires once, and nothing has a dim for queries and one for keys; values and gradients are eager's."""
+    torch._dynamo.reset()
+    x = torch.randn(B, N, D, dtype=torch.float64)
+    graph, _ = assert_rewritten_same(model, (x, *inputs), dynamic=dynamic)
+    (node,) = attentions(graph)
+    spec = Attention.parse(node.args[4])
+    assert dynamic or score_sized(graph) == []
+    assert [name for name, load in loads(node, spec) if 1 not in load.meta["val"].shape[-2:]] == []
+    return spec
+
+
+def loads(node: fx.Node, spec: Attention) -> list[tuple[str, fx.Node]]:
+    return [pair for pair in zip(spec.extras, node.args[3], strict=True) if pair[0][0] != "T"]
+
+
+def apart(stamps):
+    return stamps[:, :, None] - stamps[:, None]
+
+
+def hstu(q, k, v, table, stamps):
+    """As published: buckets by a logarithm, detached, looked up in one line."""
+    B, N = stamps.shape
+    ext = torch.cat([stamps, stamps[:, N - 1 : N]], dim=1)
+    seconds = torch.abs(ext[:, 1:].unsqueeze(2) - ext[:, :-1].unsqueeze(1)).clamp(min=1)
+    bucket = torch.clamp((torch.log(seconds) / 0.301).long(), min=0, max=T - 1).detach()
+    bias = torch.index_select(table, dim=0, index=bucket.view(-1)).view(B, N, N)
+    return F.silu(q @ k.mT + bias) / N @ v
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_hstu_as_published(dynamic):
+    spec = assert_computed(Model(hstu, (T,)), STAMPS, dynamic=dynamic)
+    assert "T2(Min(32, Max(0, trunc(div(log(Max(1, Abs(n0 - n1))), 0.301)))))" in spec.score
+
+
+def looked_up(index):
+    return lambda q, k, v, table, stamps: F.silu(q @ k.mT + table[index(stamps)]) @ v
+
+
+def in_heads(bias):
+    def model(q, k, v, table, *inputs):
+        q, k, v = (x.view(*x.shape[:2], H, D // H).transpose(1, 2) for x in (q, k, v))
+        return (q @ k.mT + bias(table, q.shape[2], *inputs)).softmax(-1) @ v
+
+    return model
+
+
+def places(n):
+    i = torch.arange(n)
+    return (i[:, None] - i).abs()
+
+
+def grid(indexing):
+    def index(stamps):
+        i, j = torch.meshgrid(*[torch.arange(stamps.shape[1])] * 2, indexing=indexing)
+        return (2 * i - j).clamp(min=0)
+
+    return index
+
+
+def buckets(right, cast=lambda apart: apart.abs().float(), edges=(1.0, 62.0, 100.0, 4000.0)):
+    return lambda s: torch.bucketize(cast(apart(s)), torch.tensor(edges), right=right)
+
+
+INDICES = {
+    "floor": lambda s: torch.floor(apart(s).abs() / 200).long(),
+    "ceil": lambda s: torch.ceil(apart(s).abs() / 200).long(),
+    "round to even": lambda s: torch.round(apart(s).abs() / 200).long(),
+    "trunc": lambda s: torch.trunc(apart(s) / 200).long(),
+    "remainder": lambda s: apart(s) % 24,
+    "floor_divide": lambda s: apart(s).floor_divide(300).clamp(min=0),
+    "divided toward 0": lambda s: torch.div(apart(s), 300, rounding_mode="trunc"),
+    "log2": lambda s: torch.log2(apart(s).abs().clamp(min=1).float()).long(),
+    "log10": lambda s: (torch.log10(apart(s).abs().clamp(min=1)) * 4).long(),
+    "bucketize": buckets(right=False),
+    "bucketize, right": buckets(right=True),
+    "bucketize integers": buckets(False, lambda apart: apart, (1, 62, 100, 4000)),
+    "bucketize, edges of a tensor": lambda s: torch.bucketize(
+        apart(s).abs().float(), torch.tensor([1.0, 61.0, 38.0]).cumsum(0)
+    ),
+    "bucketize NaN": buckets(False, lambda apart: apart.log()),
+    "meshgrid": grid("ij"),
+    "meshgrid, xy": grid("xy"),
+    "NumPy's names": lambda s: torch.clip(torch.subtract(torch.absolute(apart(s)), 3), 0, 30),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_indices(name):
+    assert_computed(Model(looked_up(INDICES[name]), (T,)), STAMPS)
+
+
+TABLES = {
+    "columns": ((H, T), in_heads(lambda table, n: table[:, places(n)])),
+    "columns, one line": ((H, T), in_heads(lambda table, n: table.index_select(1, places(n).view(-1)).view(H, n, n))),
+    "padding": ((T, H), in_heads(lambda table, n: F.embedding(places(n), table, padding_idx=0).permute(2, 0, 1))),
+    "padding, no heads": ((T, 1), in_heads(lambda table, n: F.embedding(places(n), table, padding_idx=2)[..., 0])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name):
+    """The row of a padding takes no gradient."""
+    shape, model = TABLES[name]
+    assert assert_computed(Model(model, shape)).extras == ("T0",)
+
+
+def under_softmax(masked):
+    return lambda q, k, v, kept: masked(q @ k.mT, kept > 0).softmax(-1) @ v
+
+
+def triangle(s):
+    return s.new_ones(s.shape[1:]).tril()
+
+
+EITHER = (
+    "(n0 > 0) & (n1 > 0)",
+    lambda s, kept: s + (1.0 - kept.float()[:, None] * kept.float()[:, :, None]) * -1e9,
+)
+MASKS = {  # what is kept, and how it is written
+    "a number that is a tensor": (
+        "n0 > 0",
+        lambda s, kept: torch.where(kept[:, None], s, torch.tensor(-1e9)),
+    ),
+    "1 - integers": ("n0 > 0", lambda s, kept: s + (1 - kept.int()[:, None]) * -1e9),
+    "both of two": EITHER,
+    "a triangle times truths": (
+        "(n0 > 0) & (-i + j <= 0)",
+        lambda s, kept: s + (1 - triangle(s) * kept[:, None]) * -1e9,
+    ),
+    "not both": (
+        "(n0 <= 0) & (-i + j <= 0)",
+        lambda s, kept: s - (1 - triangle(s) * (1 - kept.long()[:, None])) * 1e9,
+    ),
+    "below a half": ("n0 > 0", lambda s, kept: s.masked_fill(kept.double()[:, None] < 0.5, -1e9)),
+    "either": (
+        "((n0 <= 0) & (-i + j <= 0)) | ((n0 > 0) & (-i + j > 0))",
+        lambda s, kept: s.masked_fill(~(kept[:, None] ^ (triangle(s) > 0)), -1e9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_what_is_a_mask(name):
+    keep, model = MASKS[name]
+    assert assert_computed(Model(under_softmax(model)), KEPT).keep == keep
+
+
+def valid(targets=False, causal=True, context=0, window=0, full=0):
+    """HSTU's mask of targets that see themselves only, a context that sees all, and a window."""
+
+    def model(q, k, v, lengths, num_targets):
+        n = q.shape[1]
+        ids, most = torch.arange(n).view(1, n), lengths.view(-1, 1, 1)
+        if context:
+            ids, most = torch.clamp(ids - context + 1, min=0), most - context + 1
+        if targets:
+            most = most - num_targets.view(-1, 1, 1)
+            ids = torch.clamp(ids, max=most)
+        row, column = ids.view(-1, n, 1).expand(-1, n, n), ids.view(-1, 1, n).expand(-1, n, n)
+        distance = row - column
+        mask = torch.eye(n, dtype=torch.bool).view(1, n, n)
+        distance = distance if causal else torch.where(distance > 0, distance, -distance)
+        mask = torch.logical_or(mask, distance > 0)
+        if window:
+            mask = mask & ((distance <= window) | (row >= most - full))
+        if context:
+            mask = torch.logical_or(mask, torch.logical_and(row == 0, column < most))
+        return F.silu(q @ k.mT) / n * mask @ v
+
+    return model
+
+
+VALID = {
+    "causal": ({}, "Eq(i, j) | (i - j > 0)"),
+    "targets": ({"targets": True}, "Eq(i, j) | (-n0 + n1 > 0)"),
+    "both ways": ({"targets": True, "causal": False}, ""),
+    "a context": (
+        {"context": 2},
+        "Eq(i, j) | ((i - 1 > 0) & (i - 1 > j - 1)) | (Eq(Max(0, i - 1), 0) & (Max(0, j - 1) < n0))",
+    ),
+    "all": ({"targets": True, "context": 2, "window": 3, "full": 2}, ""),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", VALID)
+def test_hstu_s_masks(name, dynamic):
+    how, keep = VALID[name]
+    spec = assert_computed(Model(valid(**how)), LENGTHS, TARGETS, dynamic=dynamic)
+    assert spec.keep == keep or (not keep and spec.keep != "true")
+
+
+COMPILED = ("round to even", "trunc", "log2", "log10", "bucketize, edges of a tensor", "remainder")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_generated_kernel(name):
+    """In float32, where powers are borders of buckets."""
+    torch._dynamo.reset()
+    model = Model(looked_up(lambda s: INDICES[name](s).clamp(-T, T - 1)), (T,)).float()
+    x = torch.randn(B, 70, D)
+    stamps = torch.cat([torch.tensor([[0, 1, 2, 4, 8, 10, 100, 1000, 10**4, 2**20, 2**20 - 1, 300, 500, 700, 900]] * B),
+                        torch.randint(0, 10**4, (B, 55))], 1)  # fmt: skip
+    compiled = torch.compile(model, backend="recompile", options={"strict": True})
+    parts = [*model.parameters()]
+    found, wanted = compiled(x, stamps), model(x, stamps)
+    grad = torch.randn_like(wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, parts, grad),
+        torch.autograd.grad(wanted, parts, grad),
+        rtol=1e-3,
+        atol=1e-2,
+    )
