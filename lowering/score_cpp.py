@@ -128,8 +128,11 @@ template <int base> INLINED float logarithm(float x) {  // base 0: the natural o
 INLINED float log(float x) { return logarithm<0>(x); }
 INLINED float log2(float x) { return logarithm<2>(x); }
 INLINED float log10(float x) { return logarithm<10>(x); }
-INLINED float floor(float x) { return std::floor(x); }
 INLINED float nearest(float x) { return std::nearbyint(x); }
+INLINED float floor(float x) {  // gcc 12 makes no vectors of std::floor
+  const float near = nearest(x);
+  return near - select(near > x, 1.0f, 0.0f);
+}
 // Correctly rounded where there is an fma: the estimate is corrected by what its square leaves of x (Markstein 1990).
 // Inductor asks for errno, which std::sqrt sets in a branch.
 INLINED float sqrt(float x) {

@@ -22,9 +22,12 @@ from tests.cpu.test_attention_kernel import SPECS, attention, extras, inputs
 ROOTS = (
     "T0(trunc(atmost(atleast(sqrt(div(1.0*Abs(n0 - n1), 60)), 0), 16)))"  # NaN is out of range: it is checked
 )
+SECONDS = "Max(1, Abs(n0 - n1))"
+ROUNDED = f"T0(Min(16, Max(0, trunc(floor(log2({SECONDS})) - nearest(log10({SECONDS}))))))"
 MORE = {
     "roots": f"Attention(score='where(j <= i, sigmoid(s + {ROOTS}), 0)', softmax=False, extras=('T0', 'n0', 'n1'), "
     f"keep='j <= i', kept='sigmoid(s + {ROOTS})')",
+    "rounded": f"Attention(score='s + {ROUNDED}', softmax=True, extras=('T0', 'n0', 'n1'))",
     "clamped": "Attention(score='s + T0(Min(16, Abs(n0 - n1)))', softmax=True, extras=('T0', 'n0', 'n1'))",
 }
 
