@@ -124,7 +124,8 @@ class Elements(ABC):
             return None
         apart = columns - rows - score_ops.number(arguments(node)["diagonal"])
         inside = apart <= 0 if node.target is aten.tril.default else apart >= 0
-        return score_ops.product(inside, self.element(node.args[0], axes))  # type: ignore[arg-type]
+        given = self.element(node.args[0], axes)  # type: ignore[arg-type]
+        return score_ops.choose(sympy.Not(inside), sympy.Integer(0), given)  # no product: 0 * -inf is NaN
 
     def _bias(self, node: fx.Node, axes: Axes) -> sympy.Basic:
         """The element of a node that does not depend on the first contraction.

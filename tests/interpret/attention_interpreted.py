@@ -124,6 +124,7 @@ def side_by_side(b, n):
 
 BUCKET = "Min(Max(trunc(div(log(Max(Abs(n0 - n1), 1)), 0.301)), 0), 32)"
 BIASED = f"(s/4 + T0({BUCKET}) + T1(j - i + M - 1))"
+ROUNDED = "Min(trunc(floor(log2(Max(Abs(n0 - n1), 1))) + log10(Max(Abs(n0 - n1), 1))/2), 32)"
 SLOPE = "s/4 + x0*(j - i)"
 
 CASES = {
@@ -189,6 +190,13 @@ CASES = {
             f"{BIASED}*sigmoid{BIASED}/N",
         ),
         lambda b, h, m, n: [*stamps(b, h, m, n), torch.randn(1, 1, 33), torch.randn(1, h, m + n - 1)],
+    ),
+    "rounded": Case(
+        Attention(
+            f"s/4 + T0({ROUNDED}) + nearest(x0)/4 + where(x0 <= T1(2), 1, 2)", True, ("n0", "n1", "x0", "T0", "T1")
+        ),
+        lambda b, h, m, n: [*stamps(b, h, m, n), torch.randint(-9, 9, (b, 1, m, 1)) / 2, torch.randn(1, 1, 33),
+                            torch.linspace(-2, 1, 4)[None, None]],
     ),
     "t5": Case(
         Attention("s + T0(where(Abs(i - j) < 8, Abs(i - j), 8 + Mod(floordiv(i - j, 3), 7)))", True, ("T0",)),
