@@ -326,7 +326,7 @@ def ulps(tmp_path_factory):
     loop = "for (int i = 0; i < n; ++i) y[i] = real"
     loops = "".join(
         f'extern "C" void v_{f}(const float* x, float* y, int n) {{ {loop}::{f}(x[i]); }}\n'
-        for f in ("exp", "log", "tanh", "erf", "sigmoid", "sqrt")
+        for f in ("exp", "log", "log2", "log10", "tanh", "erf", "sigmoid", "sqrt", "floor", "nearest")
     )
     source.write_text(f"#include <cmath>\n#include <cstdint>\n#include <limits>\n{MATH}{loops}")
     flags = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++20", "-shared", "-fPIC"]
@@ -338,7 +338,7 @@ def ulps(tmp_path_factory):
         getattr(functions, f"v_{name}")(
             ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), x.numel()
         )
-        want = getattr(torch, name)(x.double())
+        want = getattr(torch, {"nearest": "round"}.get(name, name))(x.double())
         _, exponent = torch.frexp(want)
         return y, ((y.double() - want).abs() / 2.0 ** (exponent - 24).double()).max().item()
 
@@ -346,20 +346,32 @@ def ulps(tmp_path_factory):
 
 
 def test_functions_of_real_numbers(ulps):
-    """exp within 1 ulp (0 below 2e-38), log within 0.65, tanh and erf within 2; sqrt is rounded once."""
+    """exp within 1 ulp (0 below 2e-38), log within 0.65, those to bases 0.7, tanh and erf within 2; sqrt is rounded once."""
     x = torch.linspace(-86.6, 88.7, 10**6)
     assert ulps("exp", x)[1] < 1
     numbers = [torch.arange(10**6).float(), torch.rand(10**5) * 1e-38]
-    assert ulps("log", torch.cat([torch.linspace(0.5, 2, 10**6), numbers[0][1:], numbers[1]]))[1] < 0.65
+    for log, most in (("log", 0.65), ("log2", 0.7), ("log10", 0.7)):
+        assert ulps(log, torch.cat([torch.linspace(0.5, 2, 10**6), numbers[0][1:], numbers[1]]))[1] < most
     assert ulps("tanh", torch.cat([x / 10, x * 1e-3]))[1] < 2
     assert ulps("erf", torch.cat([x / 10, x * 1e-3]))[1] < 2
     roots = torch.cat([x.abs(), torch.rand(10**6) * 4, *numbers, x.abs() * 1e-45])
     torch.testing.assert_close(ulps("sqrt", roots)[0], roots.double().sqrt().float(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["exp", "log", "sqrt", "erf", "sigmoid"])
+def test_borders_of_buckets(ulps):
+    """Logarithms are whole at powers of their base, and halves are rounded to even numbers."""
+    exponents = torch.arange(-37, 39).double()
+    for name, base in (("log2", 2), ("log10", 10)):
+        assert torch.equal(ulps(name, (base**exponents).float())[0].double(), exponents)
+    x = torch.cat(
+        [torch.arange(-99, 99) / 2, torch.tensor([0.49999997, 2.0**22 + 0.5, -(2.0**23) + 0.5, 3e9, -1e-9])]
+    )
+    assert torch.equal(ulps("floor", x)[0], x.floor()) and torch.equal(ulps("nearest", x)[0], x.round())
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "log2", "log10", "sqrt", "erf", "sigmoid", "floor"])
 def test_functions_of_infinities(ulps, name):
     edge = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 200.0, -200.0])
-    edge = edge.abs() if name == "log" else edge
+    edge = edge.abs() if "log" in name else edge
     want = getattr(torch, name)(edge)
     torch.testing.assert_close(ulps(name, edge)[0], want, equal_nan=True, rtol=0, atol=1e-37)
