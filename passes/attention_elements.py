@@ -192,7 +192,7 @@ class Elements(ABC):
         table, dim, index = found
         if padding(table) is not None:  # one with a padding stands for its own table below
             return None
-        if index.meta["val"].dtype is torch.bool or not table.meta["val"].is_floating_point():
+        if index.meta["val"].dtype in (torch.bool, torch.uint8) or not table.meta["val"].is_floating_point():
             return None
         end = dim + len(shape(index))
         before, after = axes[:dim], axes[end:]
@@ -215,7 +215,7 @@ class Elements(ABC):
         (count,) = shape(edges)
         if not isinstance(x, fx.Node) or not isinstance(count, int) or count > _MANY_EDGES:
             return None
-        if edges.target is torch.tensor and edges.args[0]:
+        if edges.target is torch.tensor and edges.args:
             bounds = [score_ops.number(edge) for edge in edges.args[0]]
         elif edges.meta["val"].is_floating_point():
             table = table_of(self._name("T", edges, (("t",),)))

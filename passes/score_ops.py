@@ -134,8 +134,8 @@ def product(a: Expr, b: Expr) -> Expr:
     for mask, other in ((a, b), (b, a)):
         if isinstance(mask, where) and mask.args[1:] in ((1, 0), (0, 1)) and not other.is_number:
             c = mask.args[0] if mask.args[1] == 1 else sympy.Not(mask.args[0])
-            if isinstance(other, where) and 0 in other.args[1:]:  # one mask, as it can be told apart
-                inner, x, y = other.args
+            if isinstance(other, where) and 0 in other.args[1:] and all(x.is_number for x in other.args[1:]):
+                inner, x, y = other.args  # two masks are one, which can be told apart
                 both = sympy.And(c, inner if y == 0 else sympy.Not(inner))
                 return where(both, x if y == 0 else y, sympy.Integer(0))
             return where(c, other, sympy.Integer(0))

@@ -81,7 +81,7 @@ def _may_have_gradient(node: fx.Node) -> bool:
     return False
 
 
-@spelling(torch.tensor)
+@spelling(torch.tensor, torch.as_tensor)
 def full_from_tensor(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
     """`torch.tensor(-1e9)` is `full([], -1e9)`."""
     value = node.meta["val"]
