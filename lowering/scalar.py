@@ -8,7 +8,6 @@ language at hand: PyTorch (the reference), C++ or Triton. Beyond sympy's own ari
 """
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -89,12 +88,16 @@ def text(expr: sympy.Basic) -> str:
     return shown.lower() if isinstance(expr, BooleanTrue | BooleanFalse) else shown
 
 
+_LARGEST = (torch.finfo(torch.float32).max, torch.finfo(torch.float64).max)
+
+
 class _Printer(StrPrinter):  # type: ignore[misc]
-    """As `str`, whose 15 digits round the largest double up to infinity: a mask's number, which no infinity is."""
+    """As `str`, whose 15 digits round the largest float and double up: masks' numbers, which no infinities are."""
 
     def _print_Float(self, expr: sympy.Float) -> str:
         shown: str = super()._print_Float(expr)
-        return repr(float(expr)) if math.isinf(float(shown)) else shown
+        too_large = any(abs(float(expr)) <= most < abs(float(shown)) for most in _LARGEST)
+        return repr(float(expr)) if too_large else shown
 
 
 WORDS = (  # what a printer knows

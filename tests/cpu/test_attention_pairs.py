@@ -155,6 +155,10 @@ MASKS = {  # what is kept, and how it is written
         "n0 > 0",
         lambda s, kept: torch.where(kept[:, None], s, torch.tensor(-1e9)),
     ),
+    "the least float": (
+        "n0 > 0",
+        lambda s, kept: s + (1 - kept.float()[:, None]) * torch.finfo(torch.float32).min,
+    ),
     "1 - integers": ("n0 > 0", lambda s, kept: s + (1 - kept.int()[:, None]) * -1e9),
     "both of two": EITHER,
     "a triangle times truths": (
