@@ -96,7 +96,7 @@ CASES = {  # the model, the shapes of its inputs, and the refusal; None if it is
     ),
     "keys of two letters": (
         lambda q, k, v: torch.einsum("bnhm,bmhd->bnd", soft(torch.einsum("bnhd,bmhd->bnhm", q, k)), v),
-        [(B, N, H, D)] * 3, "queries, keys or features are taken apart between the contractions",
+        [(B, N, H, D)] * 3, "a reshape between the two products splits queries, keys or features",
     ),
     "pairs with features": (lambda q, k, v: soft((q[:, :, None] * k).sum(-1)) @ v, [BATCH, (B, N, N, D), BATCH], PAIRS),
     "positions only": (lambda q, k, v: soft(q @ k.mT) @ v, [Q, Q, BATCH], ONCE),
