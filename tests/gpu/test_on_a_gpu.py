@@ -15,7 +15,7 @@ from torch import nn
 from recompile.report import collect
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+WAYS = [("cpu", True), *(pytest.param("cuda", train, marks=GPU) for train in (False, True))]
 BAD_ID = """
 import torch
 from tests.gpu.test_on_a_gpu import Fields, batch
@@ -68,8 +68,7 @@ def check(model, call, inputs, train, within=2e-3):
         torch.testing.assert_close(a.double(), b, atol=within * float(b.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device, train", WAYS)
 def test_equal_to_eager(device, train):
     torch._dynamo.reset()
     model = Fields().to(device)

@@ -63,7 +63,7 @@ def test_a_model_is_one_screen_and_opens_at_once(page, folder, name):
     spent = page.js(
         "const [t] = performance.getEntriesByType('navigation'); return t.loadEventEnd - t.responseEnd"
     )
-    assert spent < 1000
+    assert spent < 3000  # a third of a second where the machine is not busy
     assert (folder / f"{name}.html").stat().st_size < 5_000_000
     page.open(name, "pass=captured&node=output")
     assert page.selected() == ["output"]
