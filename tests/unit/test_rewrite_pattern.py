@@ -430,12 +430,14 @@ class Look(Find):
 
 @pytest.mark.parametrize("case", COSTS)
 def test_a_rule_costs_little_on_5000_nodes(case: str) -> None:
-    """50 ms where nothing else runs, which a test cannot count on."""
+    """50 ms where nothing else runs, which a test cannot count on; nor on no collection of garbage meanwhile."""
     function, build = COSTS[case]
     graph = large(function)
     assert len(graph.nodes) > 3000
-    rule = Look(build, [])
-    start = time.process_time()
-    rule.run(graph, Context())
-    ms = (time.process_time() - start) * 1e3
+    rule, times = Look(build, []), list[float]()
+    for _ in range(3):
+        start = time.process_time()
+        rule.run(graph, Context())
+        times.append(time.process_time() - start)
+    ms = min(times) * 1e3
     assert ms < 200, f"{ms:.0f} ms for one rule on {len(graph.nodes)} nodes"
