@@ -40,7 +40,7 @@ COMPARE: dict[Any, Callable[[Any, Any], sympy.Basic]] = {
     aten.lt: sympy.Lt,
     aten.le: sympy.Le,
 }
-_LOGIC: dict[Any, Callable[..., sympy.Basic]] = {
+LOGIC: dict[Any, Callable[..., sympy.Basic]] = {
     aten.logical_not: sympy.Not,
     aten.bitwise_not: sympy.Not,
     aten.logical_and: sympy.And,
@@ -226,7 +226,7 @@ def _truth(node: fx.Node) -> Step | None:
         compare = COMPARE[packet]
         return ([first], lambda x: compare(x, number)) if _is_constant(number, _dtype(first)) else None
     nodes = [x for x in node.args if isinstance(x, fx.Node) and _dtype(x) is torch.bool]
-    return (nodes, _LOGIC[packet]) if packet in _LOGIC and len(nodes) == len(node.args) else None
+    return (nodes, LOGIC[packet]) if packet in LOGIC and len(nodes) == len(node.args) else None
 
 
 def _is_constant(x: Any, dtype: torch.dtype) -> bool:

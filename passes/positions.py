@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from recompile.lowering import scalar
 from recompile.rewrite import Builder, Refuse, arguments, same
 
-from .ids import CASTS, COMPARE, id_step, ids_of
+from .ids import CASTS, COMPARE, LOGIC, id_step, ids_of
 
 aten = torch.ops.aten
 Axes = tuple[str, ...]
@@ -32,18 +32,7 @@ _VIEWS = (
     aten.reshape.default,
     aten.permute.default,
 )
-# On truths, which multiplication joins as `and` does.
-_LOGIC: dict[Any, Callable[..., sympy.Basic]] = {
-    aten.logical_not: sympy.Not,
-    aten.bitwise_not: sympy.Not,
-    aten.logical_and: sympy.And,
-    aten.bitwise_and: sympy.And,
-    aten.__and__: sympy.And,
-    aten.mul: sympy.And,
-    aten.logical_or: sympy.Or,
-    aten.bitwise_or: sympy.Or,
-    aten.__or__: sympy.Or,
-}
+_LOGIC = LOGIC | {aten.mul: sympy.And}  # multiplication joins truths as `and` does
 
 
 def before_view(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
