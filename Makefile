@@ -14,12 +14,13 @@ help:  ## list the targets
 setup: $(INSTALLED)  ## create .venv and install everything into it
 
 # torch goes in by itself, pinned, before anything that asks for "torch": otherwise pip may take gigabytes of
-# another build. The two model libraries come without their own requirements for the same reason.
+# another build. The two model libraries come without their own requirements for the same reason, and Model Explorer
+# because its own are half a gigabyte: a test reads the classes of its JSON.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable ".[test,zoo]"
-	$(PIP) --no-deps torch-rechub==0.9.0 deepctr-torch==0.3.0
+	$(PIP) --no-deps torch-rechub==0.9.0 deepctr-torch==0.3.0 ai-edge-model-explorer==0.1.34
 	touch $@
 
 demo: setup  ## five real models against Inductor: at most 10 minutes, results in out/

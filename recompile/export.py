@@ -9,7 +9,7 @@ from typing import Any
 from .dump_read import Dump
 from .errors import unknown
 
-_REGION = "recompile."
+_REGION, _FILL = "recompile.", "lightgreen"
 
 
 def export(dump: Dump, form: str, graph: int | None = None, name: str | None = None) -> str:
@@ -38,14 +38,14 @@ def dot(nodes: list[dict[str, Any]], title: str) -> str:
     lines = [f"digraph {_quoted(title)} {{", "  node [shape=box, fontname=monospace];"]
     for node in nodes:
         label = "\n".join(filter(None, (f"{node['name']}: {node['target']}", node["value"], node["line"])))
-        look = ", style=filled, fillcolor=lightgreen" if node["target"].startswith(_REGION) else ""
+        look = f", style=filled, fillcolor={_FILL}" if node["target"].startswith(_REGION) else ""
         lines.append(f"  {_quoted(node['name'])} [label={_quoted(label)}{look}];")
     lines += [f"  {_quoted(a)} -> {_quoted(b)};" for a, b in _edges(nodes)]
     return "\n".join([*lines, "}", ""])
 
 
 def model_explorer(nodes: list[dict[str, Any]], title: str) -> str:
-    """Layers are module paths; source line, rule and text are attributes."""
+    """Layers are module paths; source line, rule and text are attributes; regions are filled."""
     known = {node["name"] for node in nodes}
     shown = [
         {
@@ -61,6 +61,7 @@ def model_explorer(nodes: list[dict[str, Any]], title: str) -> str:
                 if name in known
             ],
             "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": node["value"]}]}],
+            **({"style": {"backgroundColor": _FILL}} if node["target"].startswith(_REGION) else {}),
         }
         for node in nodes
     ]
