@@ -323,7 +323,7 @@ _JOINED: dict[Any, Any] = {
 
 def _applied(expr: sympy.Basic, *args: Any) -> Any:
     if isinstance(expr, where):
-        return torch.where(_tensor(args[0]), *args[1:])
+        return torch.where(*map(_tensor, args))
     if isinstance(expr, div):
         return args[0] / args[1]
     if isinstance(expr, uniform):
@@ -370,4 +370,7 @@ def _pair(a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _tensor(value: Any) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    """Numbers are float64: they are exact, and with a tensor that has dims its dtype wins."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)

@@ -126,6 +126,7 @@ def _rewrite(graph: fx.Graph, group: Group) -> None:
         node.meta["stack_trace"] = first.meta.get("stack_trace")
         group.effects.adopt(node, first)
         group.effects.learn(node)
+        group.depth[node] = group.depth[first]  # a later group may read it
         return node
 
     flat = [

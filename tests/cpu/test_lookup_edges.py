@@ -83,3 +83,25 @@ def test_an_id_that_no_table_has_is_an_index_error(place, table, train):
         compiled(ids, history, dense)
     with pytest.raises(IndexError):
         model(ids, history, dense)
+
+
+class Weighted(nn.Module):
+    """Hash embeddings with a learned importance; then rows of what another lookup is nearest to."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(9, 4) for _ in range(6))
+
+    def forward(self, x):
+        a, b, c, d, e, f = self.tables
+        bag = (a(x[:, :2]) * b(x[:, 2])[:, :2].unsqueeze(-1)).sum(1)
+        rows = torch.cat([bag, c(x[:, 0]), d(x[:, 1])], -1)
+        nearest = (rows[:, :4] @ e.weight.t()).argmax(-1)
+        return torch.cat([rows, e(nearest), f(nearest)], -1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_concatenation_may_have_groups_that_depend_on_each_other(dynamic):
+    torch._dynamo.reset()
+    graph, _ = assert_rewritten_same(Weighted().double(), (torch.randint(0, 9, (5, 3)),), dynamic=dynamic)
+    assert sum("recompile.lookup" in str(node.target) for node in graph.nodes) == 3

@@ -1,7 +1,5 @@
 """Each rule: fires, refuses with its sentence, equals eager forward and backward at several batch sizes."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import nn
@@ -13,15 +11,19 @@ from tests.capturing import without_inductor
 def run(model, inputs, batches=(5, 8, 1), options=None, generated=True):
     """Compiles, compares with eager at each batch size, and returns the first graph's record.
 
-    Spellings of one kernel need not be compiled each: `generated` is False where the passes are what is tested.
+    The passes see a fixed batch, any batch, and one sample; the kernels, where they are `generated` at all, any batch:
+    each takes a C++ compiler seconds, and spellings of one kernel need not be compiled each.
     """
-    with nullcontext() if generated else without_inductor():
-        return _run(model, inputs, batches, options)
+    with without_inductor():
+        graph = _run(model, inputs, batches, options)
+    if generated:
+        _run(model, inputs, batches[:2], options, dynamic=True)
+    return graph
 
 
-def _run(model, inputs, batches, options):
+def _run(model, inputs, batches, options, dynamic=None):
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="recompile", options=options or {})
+    compiled = torch.compile(model, backend="recompile", options=options or {}, dynamic=dynamic)
     parameters = list(model.parameters())
     with collect() as report:
         for batch in batches:
@@ -221,6 +223,7 @@ def test_passes_can_be_switched_off():
         Ids(IDS["column"]),
         lambda b: (torch.randint(0, 20, (b, 3)),),
         options={"passes": "default,-fuse-lookups"},
+        generated=False,
     )
     assert not graph.regions
 
