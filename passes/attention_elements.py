@@ -25,6 +25,7 @@ from .axes import Axes, before_view, shape
 from .contractions import Contraction, contraction
 from .index_bounds import is_nonnegative
 from .looked_up import LOOKUPS, looked_up, padding
+from .moved import moved
 
 aten = torch.ops.aten
 _EXACT = frozenset("ijMN")
@@ -183,7 +184,17 @@ class Elements(ABC):
             return self._table(node, axes)
         if packet is aten.bucketize:
             return self._bucket(node, axes)
-        return self._computed(node, axes)
+        found = self._moved(node, axes)
+        return self._computed(node, axes) if found is None else found
+
+    def _moved(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
+        """A table's elements, moved to where they are wanted: one look-up for each pair."""
+        if not {("i",), ("j",)} <= {*axes} or not node.meta["val"].is_floating_point():
+            return None
+        if (found := moved(node, axes)) is None:
+            return None
+        self.covered.update(dict.fromkeys(found.steps))
+        return table_of(self._name("T", found.table, found.axes))(found.position)
 
     def _table(self, node: fx.Node, axes: Axes) -> sympy.Basic | None:
         """`table[:, index]` and `embedding(table, index)`: what a table has in one dim, one for each pair."""

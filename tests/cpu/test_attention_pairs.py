@@ -124,6 +124,51 @@ def test_indices(name):
     assert_computed(Model(looked_up(INDICES[name]), (T,)), STAMPS)
 
 
+def repeated(w, n):
+    """HSTU's, as published: element [0, i, j] is w[j - i + n - 1]."""
+    t = F.pad(w[: 2 * n - 1], [0, n]).repeat(n)
+    r = (2 * n - 1) // 2
+    return t[..., :-n].reshape(1, n, 3 * n - 2)[:, :, r:-r]
+
+
+def repeated_in_heads(w, n):
+    rows = F.pad(w, [0, n], value=7.0).repeat(1, n)[:, :-n]
+    return rows.view(-1, n, 3 * n - 2)[..., n - 1 : 2 * n - 1]
+
+
+MOVED = {
+    "pad and repeat": ((2 * N - 1,), repeated),
+    "pad and repeat, heads": ((H, 2 * N - 1), repeated_in_heads),
+    "of a longer table": ((40,), lambda w, n: repeated(w[3:], n)),
+    "windows": ((2 * N - 1,), lambda w, n: w.unfold(0, n, 1).flip(0)),
+    "windows, heads last": ((2 * N - 1, H), lambda w, n: w.unfold(0, n, 1).permute(1, 2, 0).flip(-1)),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_table_that_is_moved(name):
+    """Read where its elements come from, not laid out for all pairs: its gradients are added up in the kernel."""
+    shape, bias = MOVED[name]
+    assert assert_computed(Model(in_heads(bias), shape)).extras == ("T0",)
+
+
+STAYS = {
+    "a padding is read": ((2 * N - 1,), lambda w, n: F.pad(w[1:], [1, n]).repeat(n)[:-n].view(n, -1)[:, n - 1 : 1 - n]),
+    "a matrix": ((N * N,), lambda w, n: w.view(n, n)),
+    "halves": ((2 * N,), lambda w, n: w.roll(1).unfold(0, n, 1)[:n]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_a_table_of_which_another_moves_is_loaded(name):
+    shape, bias = STAYS[name]
+    x = torch.randn(B, N, D, dtype=torch.float64)
+    torch._dynamo.reset()
+    graph, _ = assert_rewritten_same(Model(in_heads(bias), shape), (x,))
+    (node,) = attentions(graph)
+    assert Attention.parse(node.args[4]).extras == ("x0",)
+
+
 TABLES = {
     "columns": ((H, T), in_heads(lambda table, n: table[:, places(n)])),
     "columns, one line": ((H, T), in_heads(lambda table, n: table.index_select(1, places(n).view(-1)).view(H, n, n))),
