@@ -136,7 +136,7 @@ class _Writing:
     def _spec(self, axes: Axes) -> tuple[Attention, dict[str, tuple[fx.Node, Axes]]]:
         """The spec of a result with these axes, and the loads that it reads, by their names there."""
         score, atoms = self.of.score, [*self.batch, "i", "e"]
-        masked = masks(score, self.of.softmax)
+        masked = masks(score, self.of.softmax, self._constants())
         exprs = [score, masked.kept, masked.keep, self.of.weight]
         used = {s.name for e in exprs for s in e.free_symbols}
         used |= {type(t).__name__ for e in exprs for t in tables_in(e)}
@@ -158,6 +158,17 @@ class _Writing:
             order=() if order == tuple(range(len(atoms))) else order,
         )
         return spec, {names[old]: place for old, place in loads.items()}
+
+    def _constants(self) -> set[str]:
+        """The loads that may turn out to be masks: they have a value for each key, and learn nothing from it."""
+        loads = self.of.region.loads.items()
+        return {
+            name for name, (node, axes) in loads if name[0] == "x" and ("j",) in axes and not _learns(node)
+        }
+
+
+def _learns(node: fx.Node) -> bool:
+    return torch.is_grad_enabled() and bool(node.meta["val"].requires_grad)
 
 
 def _renamed(expr: sympy.Basic, names: dict[str, str]) -> sympy.Basic:

@@ -4,10 +4,13 @@ where(j <= i, s / 8, -1e9)      under a softmax:  keep j <= i, score s / 8
 s / 8 + where(Ne(n0, 0), 0, -10000)               keep Ne(n0, 0), score s / 8
 where(j <= i, silu(s), 0) / N   without:          keep j <= i, score silu(s) / N
 silu(where(j <= i, s, -1e4))                      the same: silu(-1e4) is 0
+x0*silu(s)                      without:          keep Ne(x0, 0), if x0 takes no gradient
+s / 8 + (1 - x0)*-1e9           under a softmax:  keep (1 - x0)*-1e9 > -1000, likewise
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
 from typing import NamedTuple
 
 import sympy
@@ -28,8 +31,8 @@ class Masked(NamedTuple):
     negligible: float
 
 
-def masks(score: sympy.Basic, softmax: bool) -> Masked:
-    """The masks in `score`."""
+def masks(score: sympy.Basic, softmax: bool, constants: Set[str] = frozenset()) -> Masked:
+    """The masks in `score`; `constants` are its loads that take no gradient, and have a value for each key."""
     keep: sympy.Basic = sympy.true
     negligible = float("-inf")
     for condition in _conditions(score):
@@ -40,7 +43,28 @@ def masks(score: sympy.Basic, softmax: bool) -> Masked:
                 score, keep = kept, sympy.And(keep, mask)
                 negligible = max(negligible, drop / 2)
                 break
+    for mask in _of_constants(score, softmax, constants):
+        keep, negligible = sympy.And(keep, mask), max(negligible, -LARGE / 2)
     return Masked(keep, score, negligible if softmax else float("-inf"))
+
+
+def _of_constants(score: sympy.Basic, softmax: bool, constants: Set[str]) -> Iterator[sympy.Basic]:
+    """Where a factor of the score, made of constants, is not 0; under a softmax, where its terms are not very low."""
+    every = (sympy.Add if softmax else sympy.Mul).make_args(score)
+    parts = [part for part in every if _is_linear_in(part, constants)]
+    if softmax and parts:
+        yield sympy.Add(*parts, *(part for part in every if part.is_number)) > -LARGE
+    elif parts:
+        yield from (sympy.Ne(part, 0) for part in parts)
+
+
+def _is_linear_in(part: sympy.Basic, constants: Set[str]) -> bool:
+    names = {symbol.name for symbol in part.free_symbols}
+    made = all(
+        isinstance(x, (sympy.Add, sympy.Mul, sympy.Symbol, sympy.Number))
+        for x in sympy.preorder_traversal(part)
+    )
+    return bool(names) and names <= constants and made
 
 
 def _conditions(expr: sympy.Basic) -> list[sympy.Basic]:

@@ -9,10 +9,12 @@ O += P V while their scores are in the first-level cache. Blocks that keep no ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 
 import sympy
 
 from recompile.lowering import score as language
+from recompile.lowering.attention.cpp_cells import cells
 from recompile.lowering.attention.cpp_keep import Keep
 from recompile.lowering.attention.cpp_pairs import Loop, hoisting, masked
 from recompile.lowering.attention.cpp_plan import Plan
@@ -34,8 +36,6 @@ from recompile.lowering.score_cpp import MATH, literal
 ROWS, KEYS = 192, 128
 # Floats of Q and O that an item may hold for all its inner batch indices.
 CACHED = 1 << 17
-# With so few queries a packed copy of K costs more than it saves: each key is multiplied where it lies.
-FEW = 4
 # Below so many multiplications one thread is faster than starting two.
 PARALLEL = 1 << 18
 
@@ -57,10 +57,10 @@ def forward(
     loops = _Loops(plan, keep.expr)
     members = _members(plan, q, k, v, out, lse)
     ranged = ranges(plan, keep, spec.softmax)
-    laid_out, prepare = tables(plan)
+    laid_out, prepare = map(add, tables(plan), cells(plan, keep.cells, threads))
     tensors = {"q": q, "k": k, "v": v}
     visit = _PASS.format(
-        products=_DOTS if is_few(q.sizes[-2]) else _PRODUCTS,
+        products=_DOTS if plan.is_few else _PRODUCTS,
         shared=_SHARED if plan.hoisted else "",
         hoisted="".join(f"\n    t.{s} = w.{s};" for s in plan.hoisted.values()),
         softmax=_softmax(spec) if spec.softmax else _CHOSEN,
@@ -97,11 +97,6 @@ def _members(plan: Plan, q: Operand, k: Operand, v: Operand, out: Operand, lse: 
         members.operand("lse", lse, [*batch, "m"], output=True)
     declare_extras(plan, members)
     return members
-
-
-def is_few(size: str) -> bool:
-    """Whether there are so few queries that nothing is packed."""
-    return size.isdigit() and int(size) <= FEW
 
 
 def tile_size(size: str, most: int) -> int:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 
 from recompile.lowering.attention import cpp_gradients as gradients
-from recompile.lowering.attention.cpp import PARALLEL, hoisted_memory, is_few, tile_size
+from recompile.lowering.attention.cpp import PARALLEL, hoisted_memory, tile_size
 from recompile.lowering.attention.cpp_backward_text import (
     DELTA,
     EACH_ROW,
@@ -26,6 +27,7 @@ from recompile.lowering.attention.cpp_backward_text import (
     VISIT,
     WIDE,
 )
+from recompile.lowering.attention.cpp_cells import cells
 from recompile.lowering.attention.cpp_keep import Keep
 from recompile.lowering.attention.cpp_pairs import hoisting
 from recompile.lowering.attention.cpp_plan import Plan
@@ -84,14 +86,14 @@ def backward(
     ]
     later = [f"t.d{x} = t.d{x}_all{_strided('d' + x, range(rank))};" for x in "qkv"]
     later += gradients.pointers(plan, found)
-    laid_out, prepare = tables(plan)
+    ranged = ranges(plan, keep, softmax=False)
+    laid_out, prepare = map(add, tables(plan), cells(plan, keep.cells, threads))
     for name in pairs.by_row:
         fields.append(f"const float* {name};")
         later.append(f"t.{name} = {name} + {line_offset(range(rank))} * M;")
         laid_out += f"\n  const float* {name} = nullptr;"
     slots = gradients.slots_of(plan, found)
-    ranged = ranges(plan, keep, softmax=False)
-    how = FEW if is_few(q.sizes[-2]) else MANY
+    how = FEW if plan.is_few else MANY
     shared = "\n          shared(t, i, 0, to, bad);" if plan.hoisted else ""
     normalized = f"norm[i] = {'norm[i] == 0 ? top[i] = 0.0f : ' * spec.safe}1.0f / norm[i];"
     wide = WIDE.format(negligible=literal(spec.negligible), shared=shared, normalized=normalized)

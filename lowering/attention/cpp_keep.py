@@ -3,7 +3,8 @@
 For rows i0 to i1 and keys j0 to j1 (inclusive): `possible` holds unless no pair is kept, `certain` only if all are.
 Comparisons that are linear in i, j and integer loads are decided at the corners, for a load of the row or the key by its
 least and greatest value there (documents, of which a tile of queries meets few); what depends on the key only (padding)
-by `any` and `all` over the tile's keys. What is said of keys is found once a tile; the rest may be either.
+by `any` and `all` over the tile's keys, found once a tile; other conditions on rows and keys, as a mask that is a tensor,
+by cells that are found before (`cpp_cells.py`). What reads tables may be either.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from recompile.lowering.score_cpp import text
 @dataclass
 class Keep:
     """`columns` are the conditions on the key alone that `possible` and `certain` speak of, as any0, all0, ...;
-    `spans` the loads of a row or a key whose least and greatest value they speak of, as n0_low and n0_high."""
+    `spans` the loads of a row or a key whose least and greatest value they speak of, as n0_low and n0_high;
+    `cells` the conditions on both that are found before."""
 
     plan: Plan
     expr: sympy.Basic
     columns: list[sympy.Basic] = field(default_factory=list)
     spans: dict[str, Load] = field(default_factory=dict)
+    cells: list[sympy.Basic] = field(default_factory=list)
 
     def possible(self) -> str:
         return self._decide(self.expr, True)
@@ -55,6 +58,8 @@ class Keep:
             return "(" + (" && " if isinstance(expr, And) else " || ").join(parts) + ")"
         found = self._ends(expr) if isinstance(expr, Relational) else None
         if not found:
+            if (cells := self._cells(expr)) is not None:
+                return f"{'any' if possible else 'all'}_cells({cells}, i0, i1, j0, j1)"
             return "true" if possible else "false"
         low, high = found
         kind = type(expr)
@@ -66,6 +71,15 @@ class Keep:
         if kind is sympy.Eq:
             return near if possible else same
         return f"!{same if possible else near}"
+
+    def _cells(self, expr: sympy.Basic) -> str | None:
+        """The cells of a condition that is another for each pair; None for any other."""
+        _, row, column = self.plan.depends(expr)
+        if not (row and column) or self._reads_tables(expr) or self.plan.is_few:
+            return None
+        if expr not in self.cells:
+            self.cells.append(expr)
+        return f"t.cells{self.cells.index(expr)}"
 
     def _ends(self, expr: Relational) -> tuple[str, str] | None:
         """The least and greatest value of left - right over the tile."""
@@ -114,6 +128,9 @@ class Keep:
             inner, outer = ("std::max", "std::min") if isinstance(expr, And) else ("std::min", "std::max")
             return _joined(inner, [first for first, _ in parts]), _joined(outer, [end for _, end in parts])
         found = self._linear(expr.lhs - expr.rhs) if isinstance(expr, Relational) else None
+        if not found and expr in self.cells:
+            cells = self._cells(expr)
+            return f"first_cell({cells}, i0, i1)", f"std::min(N, end_cell({cells}, i0, i1))"
         if not found or abs(found[1]) != 1 or isinstance(expr, sympy.Ne):
             return "int64_t(0)", "N"
         return _key_bounds(type(expr), *found)

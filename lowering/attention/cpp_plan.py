@@ -36,6 +36,8 @@ from recompile.lowering.score_cpp import ctype
 _ROUNDED = (trunc, floor, nearest, floordiv, sympy.Mod)
 _COSTLY = (sympy.exp, sympy.log, sympy.tanh, log2, log10, sigmoid, erf, div, *_ROUNDED)
 _REAL = ("float", "at::BFloat16", "at::Half")
+# With so few queries a packed copy of K costs more than it saves: each key is multiplied where it lies.
+FEW = 4
 _NARROW = ("bool", "uint8_t", "int8_t", "int16_t")
 
 
@@ -108,6 +110,11 @@ class Plan:
                 axes = frozenset(a for a in range(rank) if varies[a])
                 plan.loads[name] = Load(name, x, axes, varies[-2], varies[-1])
         return plan
+
+    @property
+    def is_few(self) -> bool:
+        """Whether there are so few queries that nothing is packed."""
+        return self.sizes.get(M, FEW + 1) <= FEW
 
     @property
     def reads(self) -> list[Line | Gather]:

@@ -122,6 +122,7 @@ def tile_struct(plan: Plan, tensors: Mapping[str, str], keep: Keep, more: Sequen
     for symbol in plan.hoisted.values():
         fields.append(f"{types[symbol.name].replace('bool', 'int32_t')}* {symbol};")
     fields += [f"bool any{k}, all{k};" for k in range(len(keep.columns))]
+    fields += [f"const uint8_t* cells{k};" for k in range(len(keep.cells))]
     fields += [f"int64_t {name}_low, {name}_high;" for name, x in keep.spans.items() if x.where == "column"]
     newline = "\n    "
     return f"""
@@ -167,6 +168,9 @@ def setters(plan: Plan, tensors: Mapping[str, Operand], keep: Keep, more: Sequen
         axes = sorted(next(g.axes for g in plan.gathers.values() if g.table == table))
         value = f"t.{table} = {table}_all + {line_offset(axes)} * {table}_size;"
         (late if set(axes) & set(inner) else early).append(value)
+    for k, expr in enumerate(keep.cells):
+        axes = sorted(plan.depends(expr)[0])
+        early.append(f"t.cells{k} = cells{k}_all + {line_offset(axes)} * cell_count();")
     return f"""
   void outer(Tile& t, int64_t index) const {{
     {_with_at([decode(outer, "index"), *early])}
@@ -238,8 +242,8 @@ def _over_rows(function: str, name: str) -> str:
 
 def ranges(plan: Plan, keep: Keep, softmax: bool) -> str:
     """Functions that say which keys some rows keep, and which of a tile's columns a loop has to visit."""
-    first, end = keep.bounds()
     possible, certain = keep.possible(), keep.certain()
+    first, end = keep.bounds()
     loads = "".join(
         f"\n    [[maybe_unused]] const int64_t {name} = t.{name};"
         for name, load in plan.loads.items()

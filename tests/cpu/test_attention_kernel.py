@@ -50,6 +50,10 @@ SPECS = {
     "weighted": Attention("0.25*s + x0", True, ("x0", "x1"), weight="x1"),
     "t5": Attention(f"s + {T5}", True, ("T0",)),
     "gathered": Attention("s + T0(n0)", True, ("T0", "n0")),
+    "mask": softmax("0.25*s", "Ne(n0, 0)", "-oo", extras=("n0",), safe=True),
+    "masks": softmax("0.25*s", "(Ne(n0, 0) & (j - i < 40)) | Eq(Max(i - n1, j), 0)", extras=("n0", "n1")),
+    "factor": Attention("n0*s*sigmoid(s)", False, ("n0",), "Ne(n0, 0)"),
+    "low": Attention("0.25*s + n0", True, ("n0",), "n0 > -1000", negligible=-500.0),
     "dropout": softmax("0.25*s", "j <= i", extras=("n0",), weight="where(uniform(n0, i, j) >= 0.25, 1.25, 0)"),
     "dropped": Attention("where(uniform(n0, i, j) >= 0.5, 2*s*sigmoid(s), 0)", False, ("n0",)),
 }  # fmt: skip
@@ -74,9 +78,20 @@ def extras(name, b, h, m, n):
         "weighted": lambda: [torch.randn(1, h, m, n), torch.rand(b, 1, 1, n)],
         "t5": lambda: [torch.randn(16, h).t()[None]],
         "gathered": lambda: [torch.randn(b, 1, 10), torch.randint(0, 10, (b, 1, m, n))],
+        "mask": lambda: [holes(1, m, n)],
+        "masks": lambda: [holes(b, m, n), torch.randint(0, 9, (b, 1, 1, 1))],
+        "factor": lambda: [holes(1, m, n) * torch.randint(1, 3, (m, 1))],
+        "low": lambda: [torch.where(holes(b, m, n) | (torch.arange(n) == 0), 1, -5000)],  # -5000 rounds scores
         "dropout": lambda: [torch.randint(0, 2**31, (b, h, 1, 1))],
         "dropped": lambda: [torch.randint(0, 2**31, (b, 1, 1, 1))],
     }.get(name, list)()  # fmt: skip
+
+
+def holes(b, m, n):
+    """Of blocks of 16 rows and 48 keys some are kept, and some in part."""
+    rows, keys = torch.arange(m) // 16, torch.arange(n) // 48
+    blocks = torch.randint(0, 3, (b, 1, m // 16 + 1, n // 48 + 1))[:, :, rows][..., keys]
+    return (blocks == 0) | ((blocks == 1) & (torch.rand(b, 1, m, n) < 0.7))
 
 
 def attention(q, k, v, extras, spec):

@@ -229,6 +229,48 @@ def test_what_is_a_mask(name):
     assert assert_computed(Model(under_softmax(model)), KEPT).keep == keep
 
 
+class Held(nn.Module):
+    """A mask that the model holds, learned or not: `function(q k^T, mask) v`."""
+
+    def __init__(self, function, learned=False):
+        super().__init__()
+        self.function = function
+        mask = torch.ones(N, N).tril().double()
+        self.register_parameter("mask", nn.Parameter(mask)) if learned else self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return self.function(x @ x.mT, self.mask) @ x
+
+
+HELD = {
+    "a factor": ("Ne(x0, 0)", lambda s, mask: F.silu(s) / N * mask),
+    "a truth": ("x0 > 0", lambda s, mask: F.silu(s) * (mask > 0).double()),
+    "a term": ("10000*x0 - 10000 > -1000.0", lambda s, mask: (s - (1 - mask) * 1e4).softmax(-1)),
+    "a term, costly": ("true", lambda s, mask: (s + mask.log()).softmax(-1)),
+    "a factor after": ("true", lambda s, mask: s.softmax(-1) * mask),
+}
+
+
+def held(function, learned):
+    torch._dynamo.reset()
+    x = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
+    graph, _ = assert_rewritten_same(Held(function, learned), (x,))
+    (node,) = attentions(graph)
+    return Attention.parse(node.args[4]).keep
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_mask_that_is_held(name):
+    """Kernels look at its values."""
+    keep, function = HELD[name]
+    assert held(function, learned=False) == keep
+
+
+@pytest.mark.parametrize("name", ["a factor", "a term"])
+def test_what_learns_from_all_pairs_is_no_mask(name):
+    assert held(HELD[name][1], learned=True) == "true"
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_triangle_of_the_least_number(dynamic):
     """As Hugging Face's decoders make their causal mask; of float64 it is less than any float32."""

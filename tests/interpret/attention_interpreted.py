@@ -144,6 +144,10 @@ CASES = {
         Attention("s/4 + x0", True, ("x0",)),
         lambda b, h, m, n: [torch.where(some_keys(b, h, m, n)[0], 0.0, -100.0)],
     ),
+    "a mask that is added": Case(
+        Attention("s/4 + x0", True, ("x0",), "x0 > -1000", negligible=-500.0),
+        lambda b, h, m, n: [torch.where(torch.rand(b, 1, m, n) < 0.5, 0.0, -5000.0) * torch.arange(n).sign()],
+    ),
     "lengths": Case(
         masked("j < n0", ("n0",)), lambda b, h, m, n: [torch.randint(0, n + 1, (b, 1, 1, 1))]
     ),
