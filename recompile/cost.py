@@ -23,6 +23,10 @@ aten = torch.ops.aten
 _PRODUCTS = {  # by packet: which argument's last dim is summed over
     aten.mm: 0, aten.bmm: 0, aten.matmul: 0, aten.linear: 0, aten.addmm: 1, aten.baddbmm: 1,
 }  # fmt: skip
+_REDUCTIONS = {
+    aten.sum, aten.mean, aten.amax, aten.amin, aten.max, aten.min, aten.prod, aten.var, aten.std, aten.logsumexp,
+    aten.norm, aten.linalg_vector_norm,
+}  # fmt: skip
 _GATHERS = (aten.embedding, aten.index, aten.index_select, aten.gather, aten.embedding_bag)
 
 
@@ -69,9 +73,30 @@ def cost(node: fx.Node, args: Any = None, kwargs: Any = None) -> Cost:
         return Cost()
     if packet in _GATHERS:
         return _gathered(packet, inputs, value)
-    summed = _PRODUCTS.get(packet)
-    depth = 1 if summed is None else 2 * _last(args[summed])
-    return Cost(moved(inputs) + moved(value), numel(value) * depth)
+    return Cost(moved(inputs) + moved(value), _flops(packet, args, inputs, value))
+
+
+def _flops(packet: Any, args: Any, inputs: list[Any], value: Any) -> Any:
+    """Two operations for each product; else one for each element of the result, or of what is reduced."""
+    if packet in _PRODUCTS:
+        return 2 * numel(value) * _last(args[_PRODUCTS[packet]])
+    if packet is aten.scaled_dot_product_attention:
+        q, k, v = inputs[:3]
+        return _attention(q, k, v, [], value).flops
+    if packet is aten.einsum:
+        return _einsum(args[0], inputs)
+    return numel(inputs[0] if packet in _REDUCTIONS else value)
+
+
+def _einsum(equation: str, operands: list[Tensor]) -> Any:
+    """One product for each index of all letters, as of two operands."""
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes = {"": 1}
+    for term, x in zip(terms, operands, strict=True):
+        head, dots, tail = term.partition("...")
+        named = (*head, *[f"...{k}" for k in range(x.dim() - len(head + tail), 0, -1)] * bool(dots), *tail)
+        sizes |= {name: _size(n) for name, n in zip(named, x.shape, strict=True) if sizes.get(name, 1) == 1}
+    return 2 * math.prod(sizes.values())
 
 
 def is_region(node: fx.Node) -> bool:

@@ -32,6 +32,13 @@ CASES = {
     "a product": (lambda: torch.mm(A, B), Cost(F4 * (15 + 35 + 21), 2 * 5 * 21)),
     "a batched product": (lambda: X @ B, Cost(F4 * (30 + 35 + 42), 2 * 5 * 42)),
     "a layer": (lambda: torch.nn.functional.linear(A, B.t(), B[0]), Cost(F4 * (15 + 35 + 7 + 21), 2 * 5 * 21)),
+    "an einsum": (lambda: torch.einsum("abd,dc->abc", X, B), Cost(F4 * (30 + 35 + 42), 2 * 5 * 42)),
+    "an einsum with dots": (lambda: torch.einsum("...d,dc", X, B), Cost(F4 * (30 + 35 + 42), 2 * 5 * 42)),
+    "attention": (
+        lambda: torch.nn.functional.scaled_dot_product_attention(X, X[:, :2], X[:, :2]),
+        Cost(F4 * (30 + 20 + 20 + 30), 2 * 2 * 3 * 2 * 10),
+    ),
+    "a sum": (lambda: A.sum(1), Cost(F4 * (15 + 3), 15)),
     "pointwise": (lambda: A + A[0], Cost(F4 * (15 + 5 + 15), 15)),
     "repeated in memory": (lambda: A[:1].expand(4, 5).exp(), Cost(F4 * (5 + 20), 20)),
     "a lookup": (lambda: torch.nn.functional.embedding(IDS, A), Cost(8 * 3 + 2 * F4 * 15, 0)),
