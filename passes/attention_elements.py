@@ -21,7 +21,7 @@ from recompile.torch_private.symbols import SYM, expression
 
 from . import score_ops
 from .attention_cone import CASTS, CONSTANTS, FILLED, is_filled
-from .axes import Axes, before_view, shape
+from .axes import Axes, Split, before_view, shape
 from .contractions import Contraction, contraction
 from .index_bounds import is_nonnegative
 from .looked_up import LOOKUPS, looked_up, padding
@@ -78,12 +78,21 @@ class Elements(ABC):
             return self._triangle(node, axes)
         if packet in (aten.select_scatter, aten.slice_scatter):
             return self._scattered(node, axes)
-        view = before_view(node, axes)
+        view = self._view(node, axes)
         if view is not None:
             return self.element(*view)
         if (found := contraction(node)) is not None and found.is_elementwise():
             return self._outer(found, axes)
         return score_ops.apply(node, lambda x: self._operand(x, axes))
+
+    def _view(self, node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
+        """As `before_view`; None also for what repeats or joins the rows or keys of a smaller bias: it is loaded."""
+        try:
+            return before_view(node, axes)
+        except Split as split:
+            if node in self.path or split.atom not in ("i", "j"):
+                raise
+            return None
 
     def _outer(self, found: Contraction, axes: Axes) -> sympy.Basic | None:
         """The product of a column and a row, as a mask of queries times one of keys."""
@@ -135,7 +144,7 @@ class Elements(ABC):
         pair that nobody else reads; else loaded.
         """
         axes = tuple(() if same(size, 1) else axis for axis, size in zip(axes, shape(node), strict=True))
-        view = before_view(node, axes)
+        view = self._view(node, axes)
         if view is not None:
             self.covered[node] = None
             return self.element(*view)

@@ -212,9 +212,10 @@ def _choice(condition: Any, *either: Any) -> Step | None:
 
 def _filling(x: Any) -> Any:
     """The number that fills all of `x`, or `x`."""
-    if isinstance(x, fx.Node) and x.target is aten.zeros_like.default:
+    target = x.target if isinstance(x, fx.Node) else None
+    if target in (aten.zeros.default, aten.zeros_like.default):
         return 0
-    return x.args[1] if isinstance(x, fx.Node) and x.target is aten.full_like.default else x
+    return x.args[1] if target in (aten.full.default, aten.full_like.default) else x
 
 
 def _truth(node: fx.Node) -> Step | None:

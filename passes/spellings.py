@@ -92,6 +92,24 @@ def full_from_tensor(node: fx.Node, given: dict[str, Any], build: Builder) -> fx
     return build.call(aten.full.default, [], node.args[0], dtype=value.dtype, device=value.device)
 
 
+_FILLED = {
+    aten.new_zeros: aten.zeros, aten.zeros_like: aten.zeros, aten.new_ones: aten.ones, aten.ones_like: aten.ones,
+    aten.new_full: aten.full, aten.full_like: aten.full,
+}  # fmt: skip
+
+
+@spelling(*_FILLED)
+def filled_from_like(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`x.new_zeros(size)`, and `ones_like(x)` of a known size, are `zeros` and `ones`, which do not read x."""
+    value, op = node.meta["val"], node.target.overloadpacket  # type: ignore[union-attr]
+    size = given.get("size", list(value.shape))
+    plain = value.is_contiguous() and value.layout is torch.strided and not given["pin_memory"]
+    if not plain or any(isinstance(n, SYM) for n in size):
+        return None
+    fill = [given["fill_value"]] if "fill_value" in given else []
+    return build.call(_FILLED[op].default, size, *fill, dtype=value.dtype, device=value.device)
+
+
 @spelling(
     aten.view, aten.reshape, aten.view_as, aten.reshape_as, aten.flatten, aten.unflatten, aten.squeeze,
     aten.expand, aten.expand_as, aten.broadcast_to, aten.slice, aten.narrow, aten.alias,

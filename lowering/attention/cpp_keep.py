@@ -73,9 +73,10 @@ class Keep:
         return f"!{same if possible else near}"
 
     def _cells(self, expr: sympy.Basic) -> str | None:
-        """The cells of a condition that is another for each pair; None for any other."""
+        """The cells of a condition on positions and loads that is another for each pair; None for any other."""
         _, row, column = self.plan.depends(expr)
-        if not (row and column) or self._reads_tables(expr) or self.plan.is_few:
+        known = {symbol.name for symbol in expr.free_symbols} <= {*"ijMN", *self.plan.loads}
+        if not (row and column and known) or self.plan.is_few:
             return None
         if expr not in self.cells:
             self.cells.append(expr)

@@ -223,6 +223,22 @@ MASKS = {  # what is kept, and how it is written
 }
 
 
+SIDE_BY_SIDE = {
+    "repeated": lambda kept: kept[:, ::2].repeat_interleave(2, 1)[:, :-1],
+    "expanded": lambda kept: kept[:, :3].unsqueeze(-1).expand(-1, -1, 2).reshape(B, -1),
+}
+
+
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_a_mask_of_items_repeated_over_their_codes(name):
+    def model(q, k, v, kept):
+        codes = SIDE_BY_SIDE[name](kept)
+        n = codes.shape[1]
+        return (q @ k[:, :n].mT).masked_fill(codes[:, None] == 0, -1e9).softmax(-1) @ v[:, :n]
+
+    assert "n0" in assert_computed(Model(model), KEPT).keep
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_what_is_a_mask(name):
     keep, model = MASKS[name]
@@ -335,7 +351,9 @@ def test_the_generated_kernels():
 
     def function(q, k, v, table, stamps):
         models = [looked_up(lambda s, name=name: INDICES[name](s).clamp(-T, T - 1)) for name in COMPILED]
-        return [model(q, k, v, table, stamps) for model in models]
+        return [
+            model(q + n, k, v, table, stamps) for n, model in enumerate(models)
+        ]  # each has scores of its own
 
     torch._dynamo.reset()
     model = Model(function, (T,)).float()

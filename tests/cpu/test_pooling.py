@@ -62,6 +62,10 @@ SPELLINGS = {
         lambda m, x, n: (m.table(x) * (torch.arange(1) < n[:, None])[..., None]).sum(1),
         Bag(0, (0, 1, 2), "sum", keep="x1 < x2", frozen_row=0),
     ),
+    "zeros of the rows' kind": (
+        lambda m, x, n: ((e := m.table(x)) * mask(x)[..., None]).sum(1) + e.new_zeros(x.shape[0], D),
+        KEPT,
+    ),
     "matmul": (lambda m, x, n: (mask(x).unsqueeze(1) @ m.table(x)).squeeze(1), KEPT),
     "matmul, rows first": (
         lambda m, x, n: (m.table(x).transpose(1, 2) @ mask(x).unsqueeze(2)).squeeze(2),
