@@ -329,7 +329,7 @@ def _applied(expr: sympy.Basic, *args: Any) -> Any:
     if isinstance(expr, uniform):
         return _uniform(*map(_tensor, args))
     if isinstance(expr, sympy.Pow):
-        return args[0] ** args[1] if args[1] > 0 else 1 / args[0] ** -args[1]
+        return args[0] ** args[1] if args[1] > 0 else _one(args[0]) / args[0] ** -args[1]
     if isinstance(expr, floordiv):
         return torch.div(*args, rounding_mode="floor")
     if isinstance(expr, sympy.Mod):
@@ -340,6 +340,15 @@ def _applied(expr: sympy.Basic, *args: Any) -> Any:
         return torch.logical_not(_tensor(args[0]))
     name = {"Abs": "abs", "nearest": "round"}.get(type(expr).__name__, type(expr).__name__)
     return getattr(torch, name)(_tensor(args[0]))
+
+
+def _one(like: Any) -> Any:
+    """A 1 that is divided by `like`: by integers in float64, which gives way to a real score's dtype."""
+    return (
+        torch.tensor(1.0, dtype=torch.float64)
+        if torch.is_tensor(like) and not like.is_floating_point()
+        else 1
+    )
 
 
 def _uniform(seed: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:

@@ -186,8 +186,8 @@ def _embedding_bag(node: fx.Node) -> Found:
     if matrix is None:
         sources = (source, offsets)
         bag = replace(bag, offsets=1, include_last_offset=bool(given["include_last_offset"]))
-    padding = given["padding_idx"]
-    if padding is not None and padding != -1:
+    padding, from_the_end = given["padding_idx"], node.target is aten.embedding_bag.padding_idx
+    if padding is not None and (padding != -1 or from_the_end):  # -1 is none to the other operators
         rows = table.meta["val"].shape[0]
         if not isinstance(rows, int):
             raise Refuse("padding_idx in a table with a changing number of rows", node)

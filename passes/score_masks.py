@@ -35,6 +35,7 @@ def masks(score: sympy.Basic, softmax: bool, constants: Set[str] = frozenset()) 
     """The masks in `score`; `constants` are its loads that take no gradient, and have a value for each key."""
     keep: sympy.Basic = sympy.true
     negligible = float("-inf")
+    score = score.replace(where, _merged)
     for condition in _conditions(score):
         sides = [chosen(score, condition, which) for which in (True, False)]
         for kept, left_out, mask in ((*sides, condition), (*sides[::-1], sympy.Not(condition))):
@@ -46,6 +47,17 @@ def masks(score: sympy.Basic, softmax: bool, constants: Set[str] = frozenset()) 
     for mask in _of_constants(score, softmax, constants):
         keep, negligible = sympy.And(keep, mask), max(negligible, -LARGE / 2)
     return Masked(keep, score, negligible if softmax else float("-inf"))
+
+
+def _merged(condition: sympy.Basic, a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
+    """A choice between a number and a choice of the same number is one choice, as of a mask that is made in steps."""
+    for outer, x, other in ((condition, a, b), (sympy.Not(condition), b, a)):
+        if isinstance(other, where):
+            inner, *sides = other.args
+            for chosen_by, same_side, rest in ((inner, *sides), (sympy.Not(inner), *sides[::-1])):
+                if same_side == x:
+                    return where(sympy.Or(outer, chosen_by), x, rest)
+    return where(condition, a, b)
 
 
 def _of_constants(score: sympy.Basic, softmax: bool, constants: Set[str]) -> Iterator[sympy.Basic]:

@@ -116,10 +116,11 @@ def filled_from_like(node: fx.Node, given: dict[str, Any], build: Builder) -> fx
     aten.contiguous, aten.clone, aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.feature_dropout,
 )  # fmt: skip
 def drop_no_op(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
-    """`x[:]`, `x.view(x.shape)`, `x.float()` of a float, `x.contiguous()`, dropout in evaluation: `x`."""
+    """`x[:]`, `x.view(x.shape)`, `x.float()` of a float, `x.contiguous()`, dropout in evaluation, or of 0: `x`."""
     source = node.args[0]
     old, new = _val(source), node.meta["val"]
-    if given.get("train") or (old.dtype, old.device, old.layout) != (new.dtype, new.device, new.layout):
+    drops = given.get("train") and given["p"] != 0
+    if drops or (old.dtype, old.device, old.layout) != (new.dtype, new.device, new.layout):
         return None
     if not same(old.shape, new.shape) or not same_strides(old, new):
         return None
@@ -240,6 +241,17 @@ def permute_from_transpose(node: fx.Node, given: dict[str, Any], build: Builder)
     a, b = node.args[1:3] if len(node.args) == 3 else (-2, -1)
     order[a], order[b] = order[b], order[a]  # type: ignore[index]
     return build.equal(aten.permute.default, source, order)
+
+
+@spelling(aten.searchsorted)
+def bucketize_from_searchsorted(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:
+    """`searchsorted(edges, x)` of one list of edges is `bucketize(x, edges)`."""
+    if node.target is not aten.searchsorted.Tensor or _val(given["sorted_sequence"]).ndim != 1:
+        return None
+    if given["sorter"] is not None or given["side"] not in (None, "left", "right"):
+        return None
+    how = {"out_int32": given["out_int32"], "right": given["right"] or given["side"] == "right"}
+    return build.call(aten.bucketize.Tensor, given["self"], given["sorted_sequence"], **how)
 
 
 @spelling(aten.movedim, aten.moveaxis)

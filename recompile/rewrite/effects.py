@@ -58,13 +58,20 @@ def is_pure(node: fx.Node) -> bool:
     return not (is_wall(node) or draws(node) or updates_statistics(node))
 
 
+_DROPOUTS = (
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+)  # they return x where p is 0
+
+
 def draws(node: fx.Node) -> bool:
-    """Whether `node` draws random numbers: dropout outside training does not."""
+    """Whether `node` draws random numbers: dropout outside training, or of nothing, does not."""
     if not is_random(node):
         return False
     given = arguments(node)
     switched_off = [given.get("train"), given.get("training")].count(False)
-    return not switched_off and given.get("dropout_p") != 0.0
+    rate = given.get("p" if node.target in _DROPOUTS else "dropout_p")
+    return not switched_off and not (isinstance(rate, (int, float)) and rate == 0)
 
 
 def _only_reads(node: fx.Node) -> bool:

@@ -112,6 +112,9 @@ INDICES = {
     "bucketize, edges of a tensor": lambda s: torch.bucketize(
         apart(s).abs().float(), torch.tensor([1.0, 61.0, 38.0]).cumsum(0)
     ),
+    "searchsorted": lambda s: torch.searchsorted(
+        torch.tensor([1.0, 61.0, 38.0]).cumsum(0), apart(s).abs().float(), side="right"
+    ),
     "bucketize NaN": buckets(False, lambda apart: apart.log()),
     "meshgrid": grid("ij"),
     "meshgrid, xy": grid("xy"),
@@ -192,6 +195,11 @@ def triangle(s):
     return s.new_ones(s.shape[1:]).tril()
 
 
+def written(mask):
+    mask[:, :, :2] = 0
+    return mask
+
+
 EITHER = (
     "(n0 > 0) & (n1 > 0)",
     lambda s, kept: s + (1.0 - kept.float()[:, None] * kept.float()[:, :, None]) * -1e9,
@@ -214,6 +222,12 @@ MASKS = {  # what is kept, and how it is written
     "not both": (
         "(n0 <= 0) & (-i + j <= 0)",
         lambda s, kept: s - (1 - triangle(s) * (1 - kept.long()[:, None])) * 1e9,
+    ),
+    "in steps": (
+        "((j >= 0) & (j < 2)) | ((n0 > 0) & (-i + j <= 0))",
+        lambda s, kept: (
+            s + written(s.new_zeros(s.shape).masked_fill_(triangle(s) * kept[:, None] == 0, -1e9))
+        ),
     ),
     "below a half": ("n0 > 0", lambda s, kept: s.masked_fill(kept.double()[:, None] < 0.5, -1e9)),
     "either": (

@@ -105,3 +105,24 @@ def test_one_concatenation_may_have_groups_that_depend_on_each_other(dynamic):
     torch._dynamo.reset()
     graph, _ = assert_rewritten_same(Weighted().double(), (torch.randint(0, 9, (5, 3)),), dynamic=dynamic)
     assert sum("recompile.lookup" in str(node.target) for node in graph.nodes) == 3
+
+
+@pytest.mark.parametrize("padding", [-1, -2, 0, None])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_padding_may_count_from_the_end(padding, mode):
+    """Also as -1, which is none to the operators that `embedding_bag` is made of."""
+
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(5, d, dtype=torch.float64)) for d in (4, 3))
+
+        def forward(self, x):
+            pooled = [
+                nn.functional.embedding_bag(x, t, padding_idx=padding, mode=mode) for t in (self.a, self.b)
+            ]
+            return torch.cat(pooled, 1)
+
+    torch._dynamo.reset()
+    graph, _ = assert_rewritten_same(Bags(), (torch.tensor([[0, 4, 4], [3, 2, 4], [4, 3, 0]]),))
+    assert "recompile.lookup" in str(graph)
