@@ -64,18 +64,21 @@ def products(nodes: dict[fx.Node, None]) -> list[fx.Node]:
     """The contractions among the nodes that may be of queries and keys: without a softmax on the way no layers.
 
     Of several those that are no biases, which a model holds anyway or which are smaller: they have all dims of the
-    scores, and no features for each pair, as `einsum("bnd,bnmd->bnm", q, times)` has.
+    scores, and no features for each pair, as `einsum("bhnd,bnmd->bhnm", q, times)` has.
     """
     found = [c for n in nodes if (c := contraction(n)) is not None]
     found = [c for c in found if has_softmax(nodes) or not is_layer(c)]
     if len(found) > 1:
         found = [c for c in found if not c.is_elementwise()] or found
         most = max(len(_dims(c)) for c in found)
-        true = [
-            c for c in found if len(_dims(c)) == most and not any(_dims(c) <= {*x} for x in c.letters[:2])
-        ]
-        found = true or found
+        found = [c for c in found if len(_dims(c)) == most and not _is_of_pairs(c)] or found
     return [c.node for c in found]
+
+
+def _is_of_pairs(found: Contraction) -> bool:
+    """Whether a side has features for each pair: all dims of the result, or its last two, queries and keys usually."""
+    pairs = [{*found.letters[2][-2:]}.difference([""]), _dims(found)]
+    return any(len(dims) > 1 and dims <= {*side} for dims in pairs for side in found.letters[:2])
 
 
 def _dims(found: Contraction) -> set[str]:

@@ -65,7 +65,9 @@ class Reading:
         self.softmax = self.region.softmax is not None
         self.score = unshifted(self.region.softmax, self.root) if self.softmax else weight
         if SHIFT in self.score.free_symbols:
-            raise Refuse("the row's maximum is not just subtracted from the scores", self.root)
+            changed = "the weights' sum is changed before it divides, and the row's maximum tells by how much"
+            why = "the row's maximum is not just subtracted from the scores"
+            raise Refuse(why if sums is None else changed, self.root)
         if TOTAL in (weight + self.score).free_symbols:
             raise Refuse("logsumexp between the scores and the values is not supported", self.root)
         self.weight = factor(weight, self.root) if self.softmax else sympy.Integer(1)

@@ -298,6 +298,13 @@ SUMS = {
         lambda q, k, t, v: soft(q @ k.mT + torch.einsum("bnd,bnmd->bnm", q, t)) @ v,
         [BATCH, BATCH, (B, N, N, D), BATCH],
     ),
+    "with features of pairs, heads": (
+        lambda q, k, t, v: soft(q @ k.mT + torch.einsum("bhnd,nmd->bhnm", q, t)) @ v, [HEADS, HEADS, (N, N, D), HEADS],
+    ),
+    "with features of a sample's pairs, heads": (
+        lambda q, k, t, v: soft(q @ k.mT + torch.einsum("bhnd,bnmd->bhnm", q, t)) @ v,
+        [HEADS, HEADS, (B, N, N, D), HEADS],
+    ),
     "with features of pairs, by matmul": (timed, [BATCH, BATCH, (B, N, N, D), BATCH]),
 }  # fmt: skip
 
