@@ -217,7 +217,7 @@ REFUSED = {
     ),
     "less the maximum, and off by one": (
         of(lambda s: divided((s - s.amax(-1, True)).exp(), lambda total: 1 + total)),
-        "the row's maximum is not just subtracted from the scores",
+        "the weights' sum is changed before it divides, and the row's maximum tells by how much",
     ),
     "masked later by others": (
         of(masked(lambda p: p.tril())),
