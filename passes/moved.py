@@ -25,7 +25,7 @@ _MOVES = {
     aten.expand, aten.flip, aten.permute, aten.repeat, aten.reshape, aten.roll, aten.select, aten.slice,
     aten.squeeze, aten.unfold, aten.unsqueeze, aten.view, *COPIES, *_PADS,
 }  # fmt: skip
-_MOST = 1 << 26  # numbers, in any step: they are held while the model is compiled
+_MOST = 1 << 26  # numbers in a step, which are held while the model is compiled; a quarter of it at the end
 
 
 class Moved(NamedTuple):
@@ -45,10 +45,13 @@ def moved(node: fx.Node, axes: Axes) -> Moved | None:
     table = steps.pop()
     if not steps or any(len(axis) > 1 for axis in axes) or not all(map(_is_small, (table, *steps))):
         return None
-    numbers = torch.arange(1, table.meta["val"].numel() + 1, dtype=torch.int32).view(shape(table))
+    entries, pairs = table.meta["val"].numel(), node.meta["val"].numel()
+    if entries >= pairs or pairs > _MOST // 4:  # what is no smaller than the pairs may as well be loaded
+        return None
+    numbers = torch.arange(1, entries + 1, dtype=torch.int32).view(shape(table))
     for step in reversed(steps):
         numbers = _run(step, numbers)
-    if not numbers.numel() or not numbers.min():  # a padding is read
+    if not numbers.min():  # a padding is read
         return None
     sizes = shape(table)
     found = [_along(p, axes, s) for p, s in zip(torch.unravel_index(numbers - 1, sizes), sizes, strict=True)]
