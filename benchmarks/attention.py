@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .case import Built, Case
-from .models.attention import Causal, Fields, Hstu, Target, Window
+from .models.attention import Causal, Fields, Hstu, PublishedHstu, Target, Window
 
 Shape = tuple[int, int, int]  # N, heads, width
 HSTU: dict[tuple[int, Shape], tuple[float, float]] = {
@@ -18,11 +18,11 @@ HSTU: dict[tuple[int, Shape], tuple[float, float]] = {
 PADDED = 0.25  # the mean length of a padded history, as a part of the longest
 
 
-def hstu(batch: int, shape: Shape) -> Built:
+def hstu(batch: int, shape: Shape, kind: type[Hstu] = Hstu) -> Built:
     """HSTU with items some hours apart."""
     torch.manual_seed(0)
     stamps = torch.randint(0, 10**5, (batch, shape[0] + 1)).cumsum(1)
-    return Hstu(batch, *shape), (stamps,)
+    return kind(batch, *shape), (stamps,)
 
 
 def causal(batch: int, shape: Shape) -> Built:
@@ -64,6 +64,21 @@ def target(batch: int, train: bool = False) -> Built:
     return Target(64), given
 
 
+def _published_cases() -> list[Case]:
+    """The targets are those of the same model in the plain spelling."""
+    batch, shape = 8, (512, 4, 64)
+    return [
+        Case(
+            f"{'training, ' if train else ''}HSTU as published {'x'.join(map(str, shape))}",
+            batch,
+            HSTU[batch, shape][train],
+            lambda b: hstu(b, shape, PublishedHstu),
+            train,
+        )
+        for train in (False, True)
+    ]
+
+
 def _hstu_cases() -> list[Case]:
     cases = []
     for train in (False, True):
@@ -75,6 +90,7 @@ def _hstu_cases() -> list[Case]:
 
 CASES = (
     *_hstu_cases(),
+    *_published_cases(),
     Case("causal softmax 200x2x32", 64, 1.5, lambda b: causal(b, (200, 2, 32))),
     Case("training, causal softmax 200x2x32", 64, 1.0, lambda b: causal(b, (200, 2, 32)), train=True),
     Case("window of 128, 4096x2x64", 1, 8.0, lambda b: window(b, (4096, 2, 64))),

@@ -36,16 +36,41 @@ class Hstu(nn.Module):
     def forward(self, stamps: Tensor) -> Tensor:
         """(batch, N, heads * width) from the times of the items and of the next one, (batch, N + 1), seconds."""
         batch, length, heads, width = self.q.shape
-        place = torch.arange(length, device=stamps.device)
-        offsets = place[None, :] - place[:, None] + length - 1
         apart = (stamps[:, 1:, None] - stamps[:, None, :-1]).abs().clamp(min=1)
         bucket = (torch.log(apart.float()) / 0.301).long().clamp(min=0, max=self.buckets)
-        bias = self.positions[offsets] + self.times[bucket]
+        bias = self.distances() + self.times[bucket]
         scores = torch.einsum("bnhd,bmhd->bhnm", self.q, self.k) + bias[:, None]
-        earlier = torch.tril(torch.ones(length, length, dtype=scores.dtype, device=scores.device))
-        weights = F.silu(scores) / length * earlier
+        weights = F.silu(scores) / length * self.earlier()
         out: Tensor = torch.einsum("bhnm,bmhd->bnhd", weights, self.v).reshape(batch, length, heads * width)
         return out
+
+    def distances(self) -> Tensor:
+        """The bias of positions, (N, N) or (1, N, N)."""
+        length = self.q.shape[1]
+        place = torch.arange(length, device=self.q.device)
+        return self.positions[place[None, :] - place[:, None] + length - 1]
+
+    def earlier(self) -> Tensor:
+        """1 where a key is no later than the query, (N, N)."""
+        length = self.q.shape[1]
+        return torch.tril(torch.ones(length, length, dtype=self.q.dtype, device=self.q.device))
+
+
+class PublishedHstu(Hstu):
+    """The same in the spelling of its published code: positions by a pad and a repeat, the mask a buffer."""
+
+    def __init__(self, batch: int, length: int, heads: int, width: int) -> None:
+        super().__init__(batch, length, heads, width)
+        self.register_buffer("later", torch.ones(length, length, dtype=torch.bool).triu(1))
+
+    def distances(self) -> Tensor:
+        length = self.q.shape[1]
+        rows = F.pad(self.positions, [0, length]).repeat(length)[..., :-length]
+        reach = length - 1
+        return rows.reshape(1, length, 3 * length - 2)[:, :, reach:-reach]
+
+    def earlier(self) -> Tensor:
+        return 1.0 - self.later.to(self.q.dtype)
 
 
 class Causal(_Attention):
