@@ -6,18 +6,20 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.graph import GraphLowering
 
 import recompile.lowering.attention  # noqa: F401  (registers the op)
-from recompile.torch_private.generated_code import kernels
-from tests.cpu.test_attention_kernel import SPECS, attention, extras, inputs
+from recompile.torch_private.generated_code import Kernel, kernels
+from tests.cpu.test_attention_kernel import SPECS, extras, inputs
 
 ROOTS = (
     "T0(trunc(atmost(atleast(sqrt(div(1.0*Abs(n0 - n1), 60)), 0), 16)))"  # NaN is out of range: it is checked
@@ -42,18 +44,40 @@ def given(name: str, rows: int) -> list[Tensor]:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="asks gcc what it did")
 @pytest.mark.parametrize("name", ["hstu", "gathered", "t5", "documents", "dropout", "lengths", *MORE])
 def test_loops_are_vectors(name: str, tmp_path: Path) -> None:
-    torch._dynamo.reset()
-    x = [t.requires_grad_() for t in inputs(2, 2, 70, 70, 16, 16)]
+    q, k, v = inputs(2, 2, 70, 70, 16, 16)
     spec, more = MORE.get(name) or str(SPECS[name]), given(name, 70)
-
-    def step() -> None:
-        torch.compile(attention, dynamic=False)(*x, more, spec).sum().backward()
-
-    _, programs = run_and_get_code(step)
-    found = [kernel for program in programs for kernel in kernels(program)]
+    ops = torch.ops.recompile
+    out, lse = ops.attention(q, k, v, more, spec)
+    found = _kernels(lambda *x: ops.attention(*x, more, spec), q, k, v)
+    found += _kernels(
+        lambda *x: ops.attention_backward(*x, more, out, lse, spec, []), torch.ones_like(v), q, k, v
+    )
     assert [kernel.op for kernel in found] == ["attention", "attention_backward"]
     for kernel in found:
         assert _scalar_loops(kernel.source, tmp_path) == []
+
+
+class Written(Exception):
+    """Inductor has written a program, which is not to be compiled: gcc compiles its kernels below."""
+
+
+def _kernels(function: Callable[..., object], *args: Tensor) -> list[Kernel]:
+    """The kernels of ours in the program of a function."""
+
+    def stop(program: str) -> None:
+        programs.append(program)
+        raise Written
+
+    programs: list[str] = []
+    torch._dynamo.reset()
+    with (
+        patch.object(GraphLowering, "save_output_code", stop),
+        torch._inductor.config.patch(force_disable_caches=True),
+        torch.no_grad(),
+        pytest.raises(Exception, match="Written"),
+    ):
+        torch.compile(function, dynamic=False)(*args)
+    return [kernel for program in programs for kernel in kernels(program)]
 
 
 def _scalar_loops(source: str, folder: Path) -> list[str]:
