@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._pytree import tree_leaves
 
 from .cost import Cost, cost
+from .graph.nodes import input_name, source_name
 from .report import user_line
 from .torch_private.symbols import SYM
 from .torch_private.symbols import example as example_size
@@ -53,20 +53,13 @@ def target_name(node: fx.Node) -> str:
     """`aten.mm.default`, `operator.getitem`, the name of an attribute or method, or where an input comes from."""
     target: Any = node.target
     if node.op == "placeholder":
-        source = getattr(node, "_dynamo_source", None)
-        return str(target) if source is None else source_name(str(source.name))
+        return input_name(node)
     if isinstance(target, str | OpOverload | HigherOrderOperator):
         return str(target)
     module = str(getattr(target, "__module__", None) or "").removeprefix(
         "_"
     )  # operator's C module is _operator
     return f"{module}.{getattr(target, '__name__', target)}".removeprefix(".")
-
-
-def source_name(guarded: str) -> str:
-    """A place as the user writes it: `L['self']._modules['top']._parameters['weight']` is `self.top.weight`."""
-    inside = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", guarded)
-    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", inside)
 
 
 def call_text(node: fx.Node) -> str:

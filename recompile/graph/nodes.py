@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -24,3 +25,15 @@ def adds_in_any_order(node: fx.Node) -> str:
     return (
         f"the gradient of {node.name} would be added in any order, and deterministic algorithms are asked for"
     )
+
+
+def input_name(node: fx.Node) -> str:
+    """Where an input of the graph comes from, as the user writes it: `self.top.weight`."""
+    source = getattr(node, "_dynamo_source", None)
+    return str(node.target) if source is None else source_name(str(source.name))
+
+
+def source_name(guarded: str) -> str:
+    """A place as the user writes it: `L['self']._modules['top']._parameters['weight']` is `self.top.weight`."""
+    inside = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", guarded)
+    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", inside)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from recompile.graph.nodes import input_name
 from recompile.options import Options
 from recompile.report import Refusal, RuleRecord, user_line
 from recompile.rewrite.limit import Rewrite, made
@@ -62,9 +63,19 @@ class Context:
             self._rewrite = None
 
     def refuse(self, name: str, why: str, at: fx.Node | None = None) -> None:
-        """Records why the rule left a candidate alone."""
-        line = user_line(at) if at is not None else ""
-        self.rule(name).refused.append(Refusal(why, at.name if at is not None else "", line))
+        """Records why the rule left a candidate alone; the graph's inputs are called as the model calls them."""
+        refused = self.rule(name).refused
+        refused.append(
+            Refusal(_spoken(why, at.graph), at.name, user_line(at)) if at is not None else Refusal(why)
+        )
+
+
+def _spoken(why: str, graph: fx.Graph) -> str:
+    """`why`, with `self.top.weight` for `l_self_modules_top_parameters_weight_`."""
+    if "l_" not in why:
+        return why
+    names = {node.name: input_name(node) for node in graph.find_nodes(op="placeholder")}
+    return re.sub(r"\bl_\w+", lambda found: names.get(found[0], found[0]), why)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from recompile.passes.fuse_lookups import FuseLookups
 from recompile.report import collect
-from recompile.testing import assert_rewritten_same
+from recompile.testing import assert_refuses, assert_rewritten_same
 
 
 class Fields(nn.Module):
@@ -126,3 +127,19 @@ def test_a_padding_may_count_from_the_end(padding, mode):
     torch._dynamo.reset()
     graph, _ = assert_rewritten_same(Bags(), (torch.tensor([[0, 4, 4], [3, 2, 4], [4, 3, 0]]),))
     assert "recompile.lookup" in str(graph)
+
+
+def test_a_refusal_calls_a_buffer_as_the_model_does():
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Embedding(9, 4), nn.Embedding(9, 4)
+            self.register_buffer("seen", torch.zeros(5, dtype=torch.int64))
+
+        def forward(self, x):
+            before = torch.cat([self.a(self.seen), self.b(x)], 1)
+            self.seen.copy_(x)
+            return before
+
+    why = "self.seen, which the lookup reads, is written in place"
+    assert_refuses(FuseLookups, Seen(), (torch.randint(0, 9, (5,)),), why=why)

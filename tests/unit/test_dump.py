@@ -18,7 +18,8 @@ import recompile
 from recompile import Pass, backend, cli, dumping
 from recompile.dump_read import read
 from recompile.errors import CaptureError, RecompileError
-from recompile.node_entry import entry, source_name
+from recompile.graph.nodes import source_name
+from recompile.node_entry import entry
 from recompile.recording import Recording
 from recompile.report import GraphRecord, frame_line, user_line
 from recompile.rewrite import registry
