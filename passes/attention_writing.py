@@ -21,6 +21,7 @@ from recompile.torch_private.symbols import SYM
 from .attention_ends import delivered
 from .attention_reading import Reading
 from .axes import Axes, arrange, layout, shape
+from .computed import learns
 from .library_attention import LIBRARY, by_library
 from .looked_up import padding, without_padding
 from .score_masks import masks
@@ -163,12 +164,8 @@ class _Writing:
         """The loads that may turn out to be masks: they have a value for each key, and learn nothing from it."""
         loads = self.of.region.loads.items()
         return {
-            name for name, (node, axes) in loads if name[0] == "x" and ("j",) in axes and not _learns(node)
+            name for name, (node, axes) in loads if name[0] == "x" and ("j",) in axes and not learns(node)
         }
-
-
-def _learns(node: fx.Node) -> bool:
-    return torch.is_grad_enabled() and bool(node.meta["val"].requires_grad)
 
 
 def _renamed(expr: sympy.Basic, names: dict[str, str]) -> sympy.Basic:

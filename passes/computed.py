@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
 
 def is_computed(node: fx.Node) -> bool:
     """Whether `node` depends on a tensor that the model is called with: no parameter, buffer or constant."""
+    return any(not _is_held(x) for x in _inputs(node))
+
+
+def learns(node: fx.Node) -> bool:
+    """Whether a gradient may reach an input of the graph through `node`.
+
+    Inputs tell: a node that a pass has made may have lost what it knew.
+    """
+    return torch.is_grad_enabled() and any(x.meta["val"].requires_grad for x in _inputs(node))
+
+
+def _inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors among the graph's inputs that `node` depends on."""
     seen, left = {node}, [node]
     while left:
         node = left.pop()
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor) and not _is_held(node):
-            return True
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
+            yield node
         new = [n for n in node.all_input_nodes if n not in seen]
         seen.update(new)
         left += new
-    return False
 
 
 def _is_held(node: fx.Node) -> bool:

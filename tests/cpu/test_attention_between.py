@@ -280,13 +280,11 @@ COMPILED = (
 
 
 def test_the_generated_kernels():
-    """In float32 against eager in float64; all in one program, which takes a C++ compiler less time."""
+    """In float32 against eager in float64; all in one program, each with scores of its own."""
 
     def model(q, k, v):
         weights = [(ACTIVATIONS | REWRITTEN)[name] for name in COMPILED]
-        return [
-            each((q + n) @ k.mT * 0.3) @ v for n, each in enumerate(weights)
-        ]  # each has scores of its own
+        return [each((q + n) @ k.mT * 0.3) @ v for n, each in enumerate(weights)]
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="recompile", options={"strict": True})

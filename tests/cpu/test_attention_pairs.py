@@ -301,6 +301,20 @@ def test_what_learns_from_all_pairs_is_no_mask(name):
     assert held(HELD[name][1], learned=True) == "true"
 
 
+def test_what_is_computed_of_what_learns_is_no_mask():
+    """In a spelling that another pass rewrites, and read by others: so it is loaded."""
+
+    class Scaled(Held):
+        def forward(self, x):
+            scaled = torch.multiply(self.mask, 0.5)
+            return (F.silu(x @ x.mT) * scaled) @ x, scaled
+
+    torch._dynamo.reset()
+    graph, _ = assert_rewritten_same(Scaled(None, learned=True), (torch.randn(B, N, D, dtype=torch.float64),))
+    (node,) = attentions(graph)
+    assert Attention.parse(node.args[4]).keep == "true"
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_triangle_of_the_least_number(dynamic):
     """As Hugging Face's decoders make their causal mask; of float64 it is less than any float32."""
@@ -361,13 +375,11 @@ COMPILED = ("round to even", "trunc", "log2", "log10", "bucketize, edges of a te
 
 
 def test_the_generated_kernels():
-    """In float32, where powers are borders of buckets; all in one program, which takes a C++ compiler less time."""
+    """In float32, where powers are borders of buckets; all in one program, each with scores of its own."""
 
     def function(q, k, v, table, stamps):
         models = [looked_up(lambda s, name=name: INDICES[name](s).clamp(-T, T - 1)) for name in COMPILED]
-        return [
-            model(q + n, k, v, table, stamps) for n, model in enumerate(models)
-        ]  # each has scores of its own
+        return [model(q + n, k, v, table, stamps) for n, model in enumerate(models)]
 
     torch._dynamo.reset()
     model = Model(function, (T,)).float()
