@@ -198,6 +198,16 @@ def test_random_scores(spec, shape, seed):
     check(spec, tensors, expressions.extras(*shape), torch.compile(attention, dynamic=False))
 
 
+@pytest.mark.parametrize("name", sorted({*SPECS} - {"padding_infinite"}))  # whose rows may be NaN
+def test_the_reference_has_the_gradients_of_its_formula(name):
+    """What kernels are compared with, by finite differences."""
+    tensors = [x.double().requires_grad_() for x in inputs(2, 2, 5, 5, 3, 2)]
+    given = [x.double() if x.is_floating_point() else x for x in extras(name, 2, 2, 5, 5)]
+    learned = [x.requires_grad_() for x in given if x.is_floating_point() and x.isfinite().all()]
+    spec = str(SPECS[name])
+    assert torch.autograd.gradcheck(lambda *_: attention(*tensors, given, spec), [*tensors, *learned])
+
+
 @pytest.mark.parametrize("rows", [35, 70, 97, 200])
 def test_tiles_that_do_not_fill_their_registers(rows):
     """Known lengths, which tiles are made for: their memory is in whole panels of columns."""
