@@ -78,12 +78,12 @@ def _times(run: Callable[[], object]) -> dict[str, float]:
     """The median seconds of each of our kernels."""
     found = defaultdict[str, list[float]](list)
     run()
-    for _ in range(RUNS):
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
+        for _ in range(RUNS):
             run()
-        for event in profile.events():
-            if _EVENT.fullmatch(event.name):
-                found[event.name].append(event.cpu_time_total * 1e-6)
+    for event in profile.events():
+        if _EVENT.fullmatch(event.name):
+            found[event.name].append(event.cpu_time_total * 1e-6)
     return {name: statistics.median(times) for name, times in found.items()}
 
 
