@@ -15,6 +15,7 @@ from recompile.lowering import scalar
 from recompile.lowering.lookup import Bag, Lookup, op
 from recompile.rewrite import Refuse, arguments
 
+from .computed import learns
 from .ids import CASTS, INTEGERS, bounds, ids_of
 
 aten = torch.ops.aten
@@ -98,9 +99,9 @@ def check_table(node: fx.Node, table: fx.Node) -> fx.Node:
     given = arguments(node)
     if given.get("scale_grad_by_freq"):
         raise Refuse("scale_grad_by_freq changes the gradient in a way no kernel of ours computes", node)
-    if given.get("sparse") and val.requires_grad and torch.is_grad_enabled():
+    if given.get("sparse") and learns(table):
         raise Refuse("sparse=True asks for sparse gradients, which eager must make", node)
-    if val.requires_grad and (why := adds_in_any_order(table)):
+    if learns(table) and (why := adds_in_any_order(table)):
         raise Refuse(why, node)
     return table
 

@@ -34,6 +34,7 @@ from recompile.rewrite import Builder, Context, Effects, Pass, Refuse, arguments
 from recompile.rewrite.schema import is_size
 
 from .bags import check_table, table_name
+from .computed import learns
 from .pool_divisors import Division, find_division
 from .pooled_rows import Finder, Part, Pooled
 from .pooled_steps import LEAST
@@ -206,8 +207,7 @@ def _check_max(pooled: Pooled, reads: Sequence[_Read]) -> None:
     if rows.added:
         raise Refuse("a maximum of sums is no sum of maxima", pooled.root)
     tables = [check_table(part.lookup, arg(part.lookup, 0)) for part in rows.parts]
-    learns = any(table.meta["val"].requires_grad for table in tables) and torch.is_grad_enabled()
-    if pooled.root.target is aten.amax.default and learns:
+    if pooled.root.target is aten.amax.default and any(map(learns, tables)):
         raise Refuse("amax shares its gradient among equal values, a bag gives it to the first", pooled.root)
 
 
