@@ -26,6 +26,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
+from recompile import checkpoint
 from recompile.known import OWN_META, Known, Unknown
 from recompile.rewrite.schema import out_of_place
 from recompile.torch_private.predispatch import listening
@@ -106,17 +107,19 @@ class _Copier:
         if node.target in NO_EFFECT:
             return
         self.meta = {key: value for key, value in node.meta.items() if key not in OWN_META}
-        why = why_opaque(node, self.values)
+        why = None if checkpoint.body(node, self.values) else why_opaque(node, self.values)
         if why is None:
             why = self.expand(node)
         if why is not None:
             self.copy(node, why)
+        if node.op == "get_attr":
+            self.known.spare.append(self.copies[node])  # the graph of a checkpoint
 
     def expand(self, node: fx.Node) -> str | None:
         """Call `node` and record its operators. If that fails, undo it and say why."""
         last = self.known.begin()
         try:
-            self.values[node] = _call(node, self.values)
+            self.call(node)
             self.check(node, last)
         except _ShapeWrite as write:
             raise blame(node, f"{write} changes the shape of the result of a verbatim node") from None
@@ -125,6 +128,34 @@ class _Copier:
             return f"{describe(node.target)} cannot be expanded: {error}"
         self.known.commit()
         return None
+
+    def call(self, node: fx.Node) -> None:
+        """Call `node`, and of a checkpoint each node that is inside it."""
+        body = checkpoint.body(node, self.values)
+        self.values[node] = _call(node, self.values) if body is None else self.inline(node, body)
+
+    def inline(self, node: fx.Node, body: fx.GraphModule) -> Any:
+        """Call what is in the checkpoint `node`, and return its result.
+
+        Raises:
+            Unknown: something in it must be copied verbatim.
+        """
+        marks, given = checkpoint.marks(self.meta), iter(node.args[1:])
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                self.values[inner] = fx.node.map_arg(next(given), self.values.__getitem__)
+            elif inner.op == "get_attr":
+                self.values[inner] = operator.attrgetter(str(inner.target))(body)
+            elif inner.op == "output":
+                return fx.node.map_arg(inner.args[0], self.values.__getitem__)
+            elif inner.target not in NO_EFFECT:
+                self.meta = {key: value for key, value in inner.meta.items() if key not in OWN_META} | marks
+                if not checkpoint.body(inner, self.values) and (why := why_opaque(inner, self.values)):
+                    raise Unknown(f"{describe(inner.target)} is in it: {why}")
+                last = self.known.last()
+                self.call(inner)
+                self.check(inner, last)
+        raise AssertionError("a graph without an output")
 
     def check(self, node: fx.Node, last: fx.Node | None) -> None:
         """Raise Unknown unless the operators recorded after `last` are all that `node` does."""

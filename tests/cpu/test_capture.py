@@ -7,6 +7,7 @@ import operator
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.compile_fx import compile_fx
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from recompile.capture import capture
 from recompile.errors import CaptureError
@@ -172,18 +173,49 @@ def test_no_grad_and_inference_mode() -> None:
             check(Tables().eval(), ids(3))
 
 
-def test_checkpoint() -> None:
-    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+class Checkpointed(nn.Module):
+    """The network inside a checkpoint, which is inside another if it is nested."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net
+    def __init__(self, between: nn.Module, nested: bool = False, **how: Any) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), between, nn.Linear(8, 4))
+        self.nested, self.how = nested, how
 
+    def once(self, v: Tensor) -> Tensor:
+        return checkpoint(self.net, v, use_reentrant=False, **self.how) * 2
+
+    def forward(self, v: Tensor) -> Tensor:
+        v = v.sin()
+        v = checkpoint(self.once, v, use_reentrant=False) if self.nested else self.once(v)
+        return v + self.once(v.cos())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoint(nested: bool) -> None:
+    backend = check(Checkpointed(nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), nested), x(4, grad=True))
+    assert backend.opaque() == [] and "get_attr" not in {node.op for node in backend.nodes()}
+    marked = [node for node in backend.captured[0].gm.graph.nodes if "recompute" in node.meta]
+    linear = [node for node in marked if node.target is aten.linear.default]
+    assert len(linear) == 4 and not any(
+        node.target in (aten.sin.default, aten.cos.default) for node in marked
+    )
+    regions = [node.meta["ac_graph_id"] for node in linear]
+    assert regions[0] == regions[1] < regions[2] == regions[3]
+    assert all("'].net" in str(node.meta["nn_module_stack"]) for node in linear)
+
+
+def test_checkpoints_that_stay() -> None:
+    class Halves(nn.Module):
         def forward(self, v: Tensor) -> Tensor:
-            return checkpoint(self.net, v, use_reentrant=False) * 2
+            with torch.no_grad():
+                scale = v.abs().amax(1, keepdim=True)
+            return v / scale
 
-    assert "higher-order" in check(Model(), x(4)).opaque()[0]
+    backend = check(Checkpointed(Halves()), x(4, grad=True))
+    assert "_set_grad_enabled is in it: it switches autocast or grad mode" in backend.opaque()[0]
+    saving = partial(create_selective_checkpoint_contexts, [aten.mm.default])
+    backend = check(Checkpointed(nn.ReLU(), context_fn=saving), x(4, grad=True))
+    assert "higher-order" in backend.opaque()[0]
 
 
 def test_custom_backward_is_kept() -> None:
