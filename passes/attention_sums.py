@@ -33,6 +33,9 @@ def split_sum(second: Second, effects: Effects, rule: str) -> list[fx.Node] | No
     first, other = (set(products(cone(x))) for x in sides)  # type: ignore[arg-type]
     if not first or not other or first & other or second.found.inner:
         return None
+    places = [x for x in torch.utils._pytree.tree_leaves((root.args, root.kwargs)) if x is weights]
+    if len(places) > 1:
+        return None  # they are the values, too
     build = Builder(effects, root, rule)
 
     def multiplied(x: fx.Node) -> fx.Node:

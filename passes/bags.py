@@ -136,6 +136,8 @@ def _embedding(node: fx.Node) -> Found:
         raise Refuse(f"ids with {len(shape)} dimensions are not one or several ids a sample", node)
     if len(shape) == 2 and not isinstance(shape[1], int):
         raise Refuse("an unpooled sequence of a changing length has no place of a fixed width", node)
+    if len(shape) == 2 and shape[1] == 0:
+        raise Refuse("there are no positions to look up", node)
     bag = Bag(0, (0,), row=scalar.text(row), frozen_row=int(given["padding_idx"]))
     return Found(node, given["weight"], bag, (source,))
 

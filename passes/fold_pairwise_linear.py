@@ -94,7 +94,8 @@ def _layer(node: fx.Node) -> Layer | None:
     if node.target in (aten.matmul.default, aten.mm.default):
         return Layer(node, *args) if len(shape(args[1])) == 2 else None
     given = arguments(node) if node.target in (aten.addmm.default, aten.tensordot.default) else {}
-    if node.target is aten.addmm.default and given["alpha"] == given["beta"] == 1:
+    plain = given.get("alpha") == given.get("beta") == 1
+    if node.target is aten.addmm.default and plain and len(shape(args[0])) == 1:
         return Layer(node, args[1], args[2], args[0])
     if node.target is aten.tensordot.default and len(shape(args[1])) == 2:
         last = len(shape(args[0])) - 1
@@ -181,7 +182,7 @@ class _Writer:
         self.bias = layer.bias
         self.weight = layer.weight
         if layer.transposed:
-            permuted = self.weight.target is aten.permute.default
+            permuted = self.weight.target is aten.permute.default and arguments(self.weight)["dims"] == [1, 0]
             flipped: Any = (
                 self.weight.args[0] if permuted else self.call(aten.permute.default, self.weight, [1, 0])
             )

@@ -188,7 +188,7 @@ def _number(node: fx.Node) -> Step | None:
         return ([source], lambda x: x) if _dtype(source) in INTEGERS else None
     apply, rest = _ON_IDS.get(packet), [value for name, value in arguments(node).items() if name != "self"]
     numbers = [x for x in rest if x is not None and not isinstance(x, str)]
-    if apply is None or _dtype(source) is not dtype or not all(_is_constant(x, dtype) for x in numbers):
+    if apply is None or _dtype(source) is not dtype or not all(is_constant(x, dtype) for x in numbers):
         return None
     return [source], lambda x: apply(x, *rest)
 
@@ -200,7 +200,7 @@ def _choice(condition: Any, *either: Any) -> Step | None:
     if not isinstance(condition, fx.Node) or _dtype(condition) is not torch.bool or not nodes:
         return None
     dtype = _dtype(nodes[0])
-    if not all(_dtype(x) is dtype if isinstance(x, fx.Node) else _is_constant(x, dtype) for x in either):
+    if not all(_dtype(x) is dtype if isinstance(x, fx.Node) else is_constant(x, dtype) for x in either):
         return None
 
     def choose(c: Any, *elements: Any) -> Any:
@@ -225,12 +225,12 @@ def _truth(node: fx.Node) -> Step | None:
     if packet in COMPARE and isinstance(first, fx.Node) and _dtype(first) in INTEGERS:
         (number,) = others
         compare = COMPARE[packet]
-        return ([first], lambda x: compare(x, number)) if _is_constant(number, _dtype(first)) else None
+        return ([first], lambda x: compare(x, number)) if is_constant(number, _dtype(first)) else None
     nodes = [x for x in node.args if isinstance(x, fx.Node) and _dtype(x) is torch.bool]
     return (nodes, LOGIC[packet]) if packet in LOGIC and len(nodes) == len(node.args) else None
 
 
-def _is_constant(x: Any, dtype: torch.dtype) -> bool:
+def is_constant(x: Any, dtype: torch.dtype) -> bool:
     """Whether it is a number that `dtype` holds."""
     return type(x) is int and _holds(dtype, x)
 

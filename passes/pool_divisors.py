@@ -87,7 +87,7 @@ class _Count:
             return self._through(node, *view)
         given = arguments(node) if node.op == "call_function" and isinstance(node.target, OpOverload) else {}
         if node.target in CASTS:
-            return self._through(node, node.args[0], axes)
+            return self._through(node, node.args[0], axes) if _keeps_counts(node) else None
         if node.target in (aten.add.Tensor, aten.add.Scalar) and isinstance(given["other"], int | float):
             inner = self._through(node, node.args[0], axes)
             return None if inner is None or given["alpha"] != 1 else inner + given["other"]
@@ -99,7 +99,7 @@ class _Count:
             inner = self._through(node, node.args[0], axes)
             return None if inner is None else sympy.sqrt(inner)
         dims = given.get("dim")
-        if node.target in _SUMS and isinstance(dims, list) and len(dims) == 1:
+        if node.target in _SUMS and isinstance(dims, list) and len(dims) == 1 and _holds_counts(node):
             spread = (*axes[: dims[0]], "l", *axes[dims[0] + int(given.get("keepdim", False)) :])
             return scalar.symbol("count") if self._counts(node, given["self"], spread) else None
         return None
@@ -110,7 +110,8 @@ class _Count:
 
     def _counts(self, node: fx.Node, summed: fx.Node, axes: Axes) -> bool:
         self.inside.append(node)
-        if len(axes) != summed.meta["val"].dim():
+        shape = summed.meta["val"].shape
+        if len(axes) != len(shape) or not same(shape[axes.index("l")], self.reader.sizes[-1]):
             return False
         if self.keep == sympy.true and self._tells_zeros(summed, axes):
             self.nonzero = True
@@ -136,7 +137,24 @@ class _Count:
             total.target is aten.sum.dim_IntList
             and total.args[0] is self.lookup
             and arguments(total)["dim"] == [total.args[0].meta["val"].dim() - 1]
+            and tuple(axis for axis in axes if axis) == self.reader.wanted
         )
+
+
+def _holds_counts(node: fx.Node) -> bool:
+    """Whether the dtype of `node` holds numbers of positions, such as no truth and no int8 does."""
+    dtype = node.meta["val"].dtype
+    return dtype.is_floating_point or dtype in (torch.int64, torch.int32)
+
+
+def _keeps_counts(node: fx.Node) -> bool:
+    """Whether a cast of a number keeps it: one to integers may cut off what was added, or a root's digits."""
+    source: Any = node.args[0]
+    return _holds_counts(node) and (node.meta["val"].dtype.is_floating_point or not _is_real(source))
+
+
+def _is_real(node: fx.Node) -> bool:
+    return node.meta["val"].dtype.is_floating_point  # type: ignore[no-any-return]
 
 
 def _is_root(node: fx.Node) -> bool:

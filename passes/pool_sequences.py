@@ -110,6 +110,8 @@ def _plan(pooled: Pooled, builder: Builder) -> _Plan:
     """The bags of a pooling, in the graph but with no user yet."""
     if "d" not in pooled.axes:
         raise Refuse("the rows have one column: Inductor pools them as fast or faster", pooled.root)
+    if same(arg(pooled.rows.parts[0].lookup, 1).meta["val"].shape[-1], 0):
+        raise Refuse("there are no positions to pool", pooled.root)
     rows, reads = pooled.rows, [_read(part, builder) for part in pooled.rows.parts]
     if pooled.kind == "max":
         _check_max(pooled, reads)
@@ -154,7 +156,7 @@ def _read(part: Part, builder: Builder) -> _Read:
     for what, by, axes in part.steps:
         found = reader.element(by, axes)
         if scalar.is_truth(found):
-            keep = sympy.And(keep, sympy.Not(found) if what == "drop" else found)
+            keep = sympy.And(keep, sympy.Not(found) if what in ("drop", "lower") else found)
         elif what == "weight" and weight is None:
             weight = found if found.is_Symbol else reader.loaded(by, axes)
         elif what == "weight":
@@ -207,7 +209,14 @@ def _check_max(pooled: Pooled, reads: Sequence[_Read]) -> None:
     if rows.added:
         raise Refuse("a maximum of sums is no sum of maxima", pooled.root)
     tables = [check_table(part.lookup, arg(part.lookup, 0)) for part in rows.parts]
-    if pooled.root.target is aten.amax.default and any(map(learns, tables)):
+    if not any(map(learns, tables)):
+        return
+    if any(what == "lower" for part in rows.parts for what, *_ in part.steps):
+        raise Refuse(
+            "where all positions are masked, the maximum of what is left of the rows learns: a bag's is a number",
+            pooled.root,
+        )
+    if pooled.root.target is aten.amax.default:
         raise Refuse("amax shares its gradient among equal values, a bag gives it to the first", pooled.root)
 
 

@@ -32,7 +32,7 @@ _KINDS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Part:
-    """A looked-up sequence, times `scale`, and what it went through: "weight", "keep" and "drop", each by what."""
+    """A looked-up sequence, times `scale`, and the steps that it went through (`pooled_steps.py`), each by what."""
 
     lookup: fx.Node
     steps: tuple[tuple[str, fx.Node, Axes], ...] = ()
@@ -102,6 +102,8 @@ class Finder:
             shape, summed = other.meta["val"].shape, rows.axes[1 if which == 0 else 2]
             if summed != "l" or len(shape) != 3 or not same(shape[1 + which], 1):
                 continue
+            if not same(shape[0], node.args[1 - which].meta["val"].shape[0]):  # type: ignore[union-attr]
+                continue  # `matmul` repeats the rows, or the weights, for each sample
             axes = ("b0", "", "l") if which == 0 else ("b0", "l", "")
             rows = replace(rows, parts=rows.with_step("weight", other, axes))
             return Pooled(node, rows, "sum", tuple("" if axis == "l" else axis for axis in rows.axes))

@@ -19,7 +19,10 @@ LEAST = -1e8  # a maximum filled with this or less is one over the kept rows: ta
 
 
 class Step(NamedTuple):
-    """Masks or weights `rows`: "weight", "keep" or "drop", `by` what, with what masked positions then hold."""
+    """Masks or weights `rows`: "weight", "keep", "drop" or "lower", `by` what, with what masked positions then hold.
+
+    Rows are lowered by a large number: what masked positions hold is nearly that, and still learns.
+    """
 
     rows: fx.Node
     what: str
@@ -49,7 +52,7 @@ def _candidates(node: fx.Node) -> list[tuple[Any, str, Any, Any]]:
     if target in (aten.sub.Tensor, aten.add.Tensor) and not node.kwargs and _is_product(args[1]):
         mask, large = args[1].args
         fill = -large if target is aten.sub.Tensor else large  # e - (1 - m) * 1e9
-        return [(args[0], "drop", mask, fill)] if fill <= LEAST else []
+        return [(args[0], "lower", mask, fill)] if fill <= LEAST else []
     return []
 
 

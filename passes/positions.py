@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from recompile.lowering import scalar
 from recompile.rewrite import Builder, Refuse, arguments, same
 
-from .ids import CASTS, COMPARE, LOGIC, id_step, ids_of
+from .ids import CASTS, COMPARE, INTEGERS, LOGIC, id_step, ids_of, is_constant
 
 aten = torch.ops.aten
 Axes = tuple[str, ...]
@@ -167,6 +167,10 @@ class Reader:
                 sides.append(sympy.Integer(int(x)) if x.is_integer() else sympy.Float(x))
             else:
                 return None  # eager rounds this number, the kernel would not
+        held = [_val(x).dtype for x in node.args[:2] if isinstance(x, fx.Node)]
+        numbers = [x for x in node.args[:2] if type(x) is int]
+        if not all(is_constant(x, dtype) for x in numbers for dtype in held if dtype in INTEGERS):
+            return None  # eager wraps it around
         compare = COMPARE[node.target.overloadpacket]  # type: ignore[union-attr]
         if not any(map(scalar.is_truth, sides)):
             return compare(*sides)

@@ -143,9 +143,12 @@ def product(a: Expr, b: Expr) -> Expr:
 
 
 def _add(sign: int) -> Callable[..., Expr]:
-    def add(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr:
-        scaled = product(number(given["alpha"]), real(of(given["other"])))
-        return (plus if sign > 0 else minus)(real(of(given["self"])), scaled)
+    def add(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
+        a, b = of(given["self"]), of(given["other"])
+        if scalar.is_truth(a) and scalar.is_truth(b):
+            return sympy.Or(a, b) if given["alpha"] == 1 else None  # True + True is True
+        scaled = product(number(given["alpha"]), real(b))
+        return (plus if sign > 0 else minus)(real(a), scaled)
 
     return add
 

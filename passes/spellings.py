@@ -112,7 +112,7 @@ def filled_from_like(node: fx.Node, given: dict[str, Any], build: Builder) -> fx
 
 @spelling(
     aten.view, aten.reshape, aten.view_as, aten.reshape_as, aten.flatten, aten.unflatten, aten.squeeze,
-    aten.expand, aten.expand_as, aten.broadcast_to, aten.slice, aten.narrow, aten.alias,
+    aten.expand, aten.expand_as, aten.broadcast_to, aten.permute, aten.slice, aten.narrow, aten.alias,
     aten.contiguous, aten.clone, aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.feature_dropout,
 )  # fmt: skip
 def drop_no_op(node: fx.Node, given: dict[str, Any], build: Builder) -> fx.Node | None:

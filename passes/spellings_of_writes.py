@@ -48,6 +48,8 @@ def cat_from_scatters(node: fx.Node, given: dict[str, Any], build: Builder) -> f
         place = place.args[0]  # type: ignore[assignment]
     pieces.sort()
     ends = [0, *(end for _, end, _ in pieces)]
+    if any(arguments(scatter)["src"].meta["val"].dtype != node.meta["val"].dtype for *_, scatter in pieces):
+        return None
     if len(pieces) < 2 or [start for start, *_ in pieces] != ends[:-1] or ends[-1] != size:
         return None
     tensors = [
