@@ -38,6 +38,8 @@ from recompile.lowering.scalar import symbol as symbol
 from recompile.lowering.scalar import trunc as trunc
 from recompile.lowering.scalar import where as where
 
+wide = sympy.Function("wide", real=True)  # an integer with 64 bits: of `score_bounds.widened`, in no text
+
 S, I, J, M, N = map(symbol, ("s", "i", "j", "M", "N"))  # noqa: E741
 
 
@@ -245,11 +247,11 @@ def tables_in(expr: sympy.Basic) -> list[sympy.Basic]:
 
 
 def diff(expr: sympy.Basic, by: sympy.Basic) -> sympy.Basic:
-    """The derivative of `expr` by a symbol, or by a load from a table."""
-    if not is_table(by):
-        return expr.diff(by)
-    stand_in = sympy.Dummy(real=True)
-    return expr.xreplace({by: stand_in}).diff(stand_in).xreplace({stand_in: by})
+    """The derivative of `expr` by a symbol, or by a load from a table; what is cut to integers has none."""
+    parts = [part for part in sympy.preorder_traversal(expr) if is_table(part) or isinstance(part, trunc)]
+    stand_ins = {part: sympy.Dummy(real=True) for part in parts}
+    found = expr.xreplace(stand_ins).diff(stand_ins.get(by, by))
+    return found.xreplace({stand_in: part for part, stand_in in stand_ins.items()})
 
 
 def times(factor: sympy.Basic, expr: sympy.Basic) -> sympy.Basic:
@@ -273,7 +275,7 @@ def kind(expr: sympy.Basic) -> str:
         return "integer" if re.fullmatch(r"[ijMN]|n\d+(_low|_high)?|integer\d+", expr.name) else "real"
     if isinstance(expr, sympy.Number):
         return "integer" if expr.is_Integer else "real"
-    if isinstance(expr, (trunc, floordiv)):
+    if isinstance(expr, (trunc, floordiv, wide)):
         return "integer"
     whole = (sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy.Mod, sympy.Abs, sympy.sign)
     if isinstance(expr, (atleast, atmost)):

@@ -1,7 +1,7 @@
 """C++ for the score language: typed statements, and functions of real numbers that a compiler turns into vectors.
 
-An integer made of i, j, M, N and constants is an int32_t, one that a 64-bit load goes into an int64_t, a truth a
-bool, the rest float. Truths are joined by `&` and `|`: a `&&` is a branch, and gcc does not vectorize it.
+An integer made of i, j, M, N and constants is an int32_t, one that a 64-bit load or `wide` goes into an int64_t, a
+truth a bool, the rest float. Truths are joined by `&` and `|`: a `&&` is a branch, and gcc does not vectorize it.
 """
 
 import functools
@@ -26,6 +26,7 @@ from recompile.lowering.score import (
     trunc,
     uniform,
     where,
+    wide,
 )
 
 # exp: 2^n (1 + r + ...), the polynomial of Cephes' expf, doubled so that 2^(n - 1) stays representable. Results below
@@ -161,6 +162,10 @@ INLINED int32_t trunc(float x) {
   x = select(x > -2147483648.0f, x, -2147483648.0f);
   return int32_t(select(x < 2147483520.0f, x, 2147483520.0f));
 }
+INLINED int64_t trunc64(float x) {
+  x = select(x > -0x1p63f, x, -0x1p63f);
+  return int64_t(select(x < 0x1.fffffep62f, x, 0x1.fffffep62f));
+}
 INLINED uint32_t mixed(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
@@ -221,6 +226,8 @@ def ctype(expr: sympy.Basic, types: Types) -> str:
         return "float" if not expr.is_Integer else "int32_t" if abs(int(expr)) < 2**31 else "int64_t"
     if isinstance(expr, trunc):
         return "int32_t"
+    if isinstance(expr, wide):
+        return "int64_t"
     args = [ctype(arg, types) for arg in (expr.args[1:] if isinstance(expr, where) else expr.args)]
     if isinstance(expr, sympy.Pow):
         whole = expr.exp.is_Integer and expr.exp > 0 and args[0] != "float"
@@ -245,7 +252,9 @@ def text(expr: sympy.Basic, types: Types, wanted: str = "") -> str:
     own = ctype(expr, types)
     wanted = wanted or own
     if isinstance(expr, sympy.Number) or expr in (sympy.oo, -sympy.oo, sympy.nan, sympy.E):
-        return literal(float(expr)) if wanted == "float" else f"{int(expr)}{'ll' * (own == 'int64_t')}"
+        if wanted == "float":
+            return literal(float(expr))
+        return f"int64_t({int(expr)})" if "int64_t" in (own, wanted) else str(int(expr))
     shown = _shown(expr, own, types)
     if own == wanted:
         return shown
@@ -300,6 +309,11 @@ def _called(expr: sympy.Basic, own: str, types: Types) -> str:
         return _power(expr, own, types)
     if isinstance(expr, trunc):
         return f"real::trunc({text(expr.args[0], types, 'float')})"
+    if isinstance(expr, wide):
+        (whole,) = expr.args
+        if isinstance(whole, trunc):
+            return f"real::trunc64({text(whole.args[0], types, 'float')})"
+        return text(whole, types, "int64_t")
     if isinstance(expr, div):
         return "(" + " / ".join(text(arg, types, "float") for arg in expr.args) + ")"
     if isinstance(expr, uniform):

@@ -32,6 +32,7 @@ from recompile.lowering.score import (
     trunc,
     uniform,
     where,
+    wide,
 )
 
 LOG2E = 1 / math.log(2)
@@ -172,6 +173,10 @@ class Statements:
         width = "tl.int32" if kind(arg) == "truth" or self._small(arg) else "tl.int64"
         return f"tl.cast({bare(self._text(arg))}, {width})"
 
+    def widened(self, expr: sympy.Basic) -> str:
+        (whole,) = expr.args
+        return self._text(whole) if isinstance(whole, trunc) else f"tl.cast({self._text(whole)}, tl.int64)"
+
     def chosen(self, expr: sympy.Basic) -> str:
         c, a, b = expr.args
         texts = [self.real(x) if kind(expr) == "real" else self._text(x) for x in (a, b)]
@@ -231,6 +236,7 @@ _PRINTERS: list[tuple[Any, Callable[[Statements, sympy.Basic], str]]] = [
     (floordiv, Statements.quotient),
     (div, Statements.divided),
     (trunc, Statements.truncated),
+    (wide, Statements.widened),
     (where, Statements.chosen),
     (sympy.sign, Statements.sign),
     (sympy.Abs, Statements.magnitude),

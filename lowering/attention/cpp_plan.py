@@ -7,7 +7,6 @@ share the biases of position and time, and a logarithm a pair with them), so the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +30,7 @@ from recompile.lowering.score import (
     sigmoid,
     trunc,
 )
+from recompile.lowering.score_bounds import Interval, interval, positions, widened
 from recompile.lowering.score_cpp import ctype
 
 _ROUNDED = (trunc, floor, nearest, floordiv, sympy.Mod)
@@ -38,7 +38,7 @@ _COSTLY = (sympy.exp, sympy.log, sympy.tanh, log2, log10, sigmoid, erf, div, *_R
 _REAL = ("float", "at::BFloat16", "at::Half")
 # With so few queries a packed copy of K costs more than it saves: each key is multiplied where it lies.
 FEW = 4
-_NARROW = ("bool", "uint8_t", "int8_t", "int16_t")
+_NARROW = {"bool": (0, 1), "uint8_t": (0, 255), "int8_t": (-128, 127), "int16_t": (-(2**15), 2**15 - 1)}
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,15 @@ class Plan:
             types[symbol.name] = ctype(expr, types)
         return types
 
+    @property
+    def small(self) -> dict[str, Interval]:
+        """The intervals of what is computed with 32 bits."""
+        loads = {name: _NARROW.get(load.operand.ctype) for name, load in self.loads.items()}
+        return positions(self.sizes) | {name: found for name, found in loads.items() if found is not None}
+
     def named(self, text: str) -> sympy.Basic:
         """The expression `text`, with symbols for the reads of tables."""
-        return self._replaced(_smooth(language.parse(text)))
+        return self._replaced(widened(_smooth(language.parse(text)), self.small))
 
     def _replaced(self, expr: sympy.Basic) -> sympy.Basic:
         while found := language.tables_in(expr):
@@ -154,7 +160,7 @@ class Plan:
             self.lines[name] = Line(name, table, axes, line[0], line[1], line[2])
         else:
             size = operand.sizes[-1]
-            low, high = interval(index.xreplace(self.sizes))
+            low, high = interval(index, self.small)
             safe = size.isdigit() and low >= 0 and high < int(size)
             self.gathers[name] = Gather(name, table, axes, index, safe)
         return language.symbol(name)
@@ -265,29 +271,3 @@ def linear(expr: sympy.Basic) -> tuple[int, int, sympy.Basic] | None:
     return (
         (int(a), int(b), rest) if a.is_Integer and b.is_Integer and not rest.free_symbols & {I, J} else None
     )
-
-
-def interval(expr: sympy.Basic) -> tuple[float, float]:
-    """Numbers that an integer expression stays between, for any i, j >= 0."""
-    inf = float("inf")
-    if expr.is_Number:
-        return float(expr), float(expr)
-    if isinstance(expr, sympy.Symbol):
-        return (0, inf) if re.fullmatch("[ijMN]", expr.name) else (-inf, inf)
-    args = [interval(arg) for arg in expr.args]
-    if isinstance(expr, sympy.Add):
-        return sum(low for low, _ in args), sum(high for _, high in args)
-    if isinstance(expr, sympy.Max):
-        return max(low for low, _ in args), max(high for _, high in args)
-    if isinstance(expr, sympy.Min):
-        return min(low for low, _ in args), min(high for _, high in args)
-    if isinstance(expr, language.where):
-        return min(low for low, _ in args[1:]), max(high for _, high in args[1:])
-    if isinstance(expr, sympy.Mul) and len(args) == 2 and expr.args[0].is_Integer:
-        ends = [int(expr.args[0]) * end for end in args[1]]
-        return min(ends), max(ends)
-    if isinstance(expr, sympy.Mod) and expr.args[1].is_Integer and expr.args[1] > 0:
-        return 0, float(expr.args[1]) - 1
-    if isinstance(expr, sympy.Abs):
-        return 0, max(abs(end) for end in args[0])
-    return -inf, inf

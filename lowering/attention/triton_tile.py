@@ -4,7 +4,6 @@
 other. Expressions do not mind: `i` and `j` broadcast against each other either way.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,11 @@ from torch import Tensor
 from recompile.lowering import score as language
 from recompile.lowering.attention import op
 from recompile.lowering.attention.spec import Attention
-from recompile.lowering.attention.triton_bounds import Interval, Reach, interval
+from recompile.lowering.attention.triton_bounds import Reach
 from recompile.lowering.attention.triton_frame import TRITON, Frame, is_one, is_wide, offset
 from recompile.lowering.attention.triton_schedule import padded
 from recompile.lowering.attention.triton_spans import BYTES, FIRST, LAST, scan
+from recompile.lowering.score_bounds import Interval, interval, positions, widened
 from recompile.lowering.score_triton import Statements, bare
 
 BAD_INDEX = "recompile: index out of range: a table of scores is read outside its elements"
@@ -72,7 +72,16 @@ class Problem:
         known = {
             language.symbol(s): sympy.Integer(size) for s, size in sizes.items() if isinstance(size, int)
         }
-        return language.parse(text).xreplace(known)
+        return widened(language.parse(text).xreplace(known), self.small)
+
+    @property
+    def small(self) -> dict[str, Interval]:
+        """The intervals of what is computed with 32 bits."""
+        sizes = {
+            symbol: x for symbol, x in ((language.M, self.m), (language.N, self.n)) if isinstance(x, int)
+        }
+        loads = {name: BYTES.get(x.dtype) for name, x in zip(self.spec.extras, self.extras, strict=True)}
+        return positions(sizes) | {name: found for name, found in loads.items() if found is not None}
 
     @property
     def keep(self) -> sympy.Basic:
@@ -211,15 +220,7 @@ class Tile:
         return Statements(exprs, self._read, self._is_small, lambda expr: self._interval(expr)[0] >= 0)
 
     def _interval(self, expr: sympy.Basic) -> Interval:
-        p = self.problem
-        known: dict[str, Interval] = {}
-        for side, size, x in zip("ij", "MN", (p.m, p.n), strict=True):
-            known[size] = (x, x) if isinstance(x, int) else (0, 2**31)
-            known[side] = (0, known[size][1] - 1)
-        known |= {
-            n: BYTES.get(x.dtype, (-math.inf, math.inf)) for n, x in zip(p.spec.extras, p.extras, strict=True)
-        }
-        return interval(expr, known)
+        return interval(expr, self.problem.small)
 
     def _is_small(self, expr: sympy.Basic) -> bool:
         low, high = self._interval(expr)

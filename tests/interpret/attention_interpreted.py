@@ -186,6 +186,12 @@ CASES = {
         Attention("where(Ne(x0, 0), x0*s, 0)", False, ("x0",), keep="Ne(x0, 0)"),
         lambda b, h, m, n: [torch.randint(0, 2, (b, 1, 1, n)).float()],
     ),
+    "integers of more than 32 bits": Case(
+        Attention(
+            "s + T0(Mod(73856093*i + 193496630*j, 61)) + T0(Mod(trunc(x0), 61))", True, ("T0", "x0")
+        ),
+        lambda b, h, m, n: [torch.randn(1, 1, 61), torch.randint(1, 99, (b, 1, m, 1)) * 2.0**30],
+    ),
     "tanh": Case(Attention("5*tanh(s/5)", True)),
     "silu": Case(Attention("s*sigmoid(s)/N", False)),
     "hstu": Case(
