@@ -34,4 +34,8 @@ def _value(node: ast.expr, types: Mapping[str, Any]) -> Any:
         return types[node.func.id](**{k.arg: _value(k.value, types) for k in node.keywords if k.arg})
     if isinstance(node, ast.Tuple):
         return tuple(_value(e, types) for e in node.elts)
+    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):  # as Python prints them
+        return float(node.id)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, types)
     return ast.literal_eval(node)

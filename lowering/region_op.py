@@ -101,7 +101,7 @@ def _differentiate(region: Region) -> Any:
 
     def formula(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        real = [x.is_floating_point() for x in inputs]
+        real = [x.is_floating_point() or x.is_complex() for x in inputs]
         if region.backward:
             found = region.backward.op(*grads, *inputs, ctx.spec)
         else:
@@ -113,15 +113,26 @@ def _differentiate(region: Region) -> Any:
 
 
 def _recomputed(region: Region, inputs: Any, grads: Any, given: dict[str, Any]) -> Any:
-    """The gradients of the floating point inputs."""
-    fresh = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    """The gradients of the real and complex inputs, which have gradients too where the caller keeps the graph."""
+    again = torch.is_grad_enabled()
+
+    def input_of_its_own(x: Tensor) -> Tensor:
+        if again and x.requires_grad:
+            return x.view_as(x)
+        return x.detach().requires_grad_(x.is_floating_point() or x.is_complex())
+
+    fresh = [input_of_its_own(x) for x in inputs]
     with torch.enable_grad():
         found = region.reference(*fresh, **given)
     results = found if isinstance(found, tuple) else (found,)
     real = [k for k, x in enumerate(results) if x.requires_grad]
     sources = [x for x in fresh if x.requires_grad]
     return torch.autograd.grad(
-        [results[k] for k in real], sources, [grads[k] for k in real], materialize_grads=True
+        [results[k] for k in real],
+        sources,
+        [grads[k] for k in real],
+        materialize_grads=True,
+        create_graph=again,
     )
 
 

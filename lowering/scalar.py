@@ -174,6 +174,16 @@ def to_cpp(expr: sympy.Basic) -> str:
     return _print(expr, _CPP)
 
 
+def is_long(expr: sympy.Basic) -> bool:
+    """Whether it costs less to load what `expr` computes: a chain of choices doubles with each."""
+    return _parts(expr) > 400
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(expr: sympy.Basic) -> int:
+    return 1 + sum(map(_parts, expr.args))
+
+
 def is_truth(expr: sympy.Basic) -> bool:
     """Whether `expr` is a comparison, or made of comparisons: a boolean in every language."""
     return isinstance(expr, Relational | And | Or | Not | BooleanTrue | BooleanFalse)

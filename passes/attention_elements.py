@@ -154,7 +154,7 @@ class Elements(ABC):
             expr = self._inlined(node, axes)
         except Refuse:  # it is loaded as it is
             expr = None
-        if expr is None or not self._is_worth(node, axes, expr):
+        if expr is None or scalar.is_long(expr) or not self._is_worth(node, axes, expr):
             return self._load(node, axes)
         if not is_filled(node) or any(n in self.path for n in node.all_input_nodes):
             self.covered[node] = None

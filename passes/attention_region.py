@@ -220,7 +220,15 @@ class Region(Elements):
 
 def is_dead(node: fx.Node) -> bool:
     """Whether nobody reads `node`: it stands for something that is tried, see `attention_products.py`."""
-    return node.op == "call_function" and is_pure(node) and all(is_dead(user) for user in node.users)
+    seen, left = {node}, [node]
+    while left:
+        node = left.pop()
+        if node.op != "call_function" or not is_pure(node):
+            return False
+        new = [user for user in node.users if user not in seen]
+        seen.update(new)
+        left += new
+    return True
 
 
 def _without(axes: Axes) -> Axes:

@@ -184,7 +184,9 @@ class _Family:
 
     def _target(self, node: fx.Node) -> fx.Node:
         """The member that `node` is: of a write's result what was written into."""
-        return self._target(_parent(node)) if node in self.writes else node
+        while node in self.writes:
+            node = _parent(node)
+        return node
 
     def _value(self, node: fx.Node) -> fx.Node:
         """The value that a member or a write's result has now: a stale view is made anew."""

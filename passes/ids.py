@@ -10,9 +10,9 @@ in fewer, or may be another number because sympy simplifies as if nothing did, i
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 import sympy
@@ -56,16 +56,24 @@ Step = tuple[Sequence[fx.Node], Function]
 Range = tuple[Any, Any]  # the least and the largest value
 
 
-def ids_of(node: fx.Node) -> tuple[fx.Node, sympy.Basic]:
-    """What `node` computes from each element of another node: that node, and the row as an expression of `x0`."""
-    step = id_step(node)
-    if step is not None:
-        inputs, apply = step
-        read = [ids_of(x) for x in inputs]
-        row = apply(*(row for _, row in read))
-        if row is not None and len({source for source, _ in read}) == 1:
-            return read[0][0], row
-    return node, scalar.symbol("x0")
+def ids_of(node: fx.Node, known: dict[fx.Node, Any] | None = None) -> tuple[fx.Node, sympy.Basic]:
+    """What `node` computes from each element of another node: that node, and the row as an expression of `x0`.
+
+    Args:
+        known: what this is of the nodes that were asked for already.
+    """
+    known = {} if known is None else known
+    if node not in known:
+        known[node] = node, scalar.symbol("x0")
+        step = id_step(node)
+        if step is not None:
+            inputs, apply = step
+            read = [ids_of(x, known) for x in inputs]
+            row = apply(*(row for _, row in read))
+            if row is not None and len({source for source, _ in read}) == 1 and not scalar.is_long(row):
+                known[node] = read[0][0], row
+    source, row = known[node]
+    return source, row
 
 
 def id_step(node: fx.Node) -> Step | None:
@@ -129,7 +137,7 @@ def bounds(expr: Any, of: Mapping[Any, Range] | None = None) -> Range:
         return sum(low for low, _ in parts), sum(high for _, high in parts)
     if isinstance(expr, (sympy.Mul, scalar.floordiv)):
         join = operator.mul if isinstance(expr, sympy.Mul) else operator.floordiv
-        return reduce(lambda a, b: _hull([join(x, y) for x in a for y in b]), parts)
+        return functools.reduce(lambda a, b: _hull([join(x, y) for x in a for y in b]), parts)
     info = torch.iinfo(torch.int64)
     return (of or {}).get(expr, (info.min, info.max))
 

@@ -211,13 +211,19 @@ def _check_max(pooled: Pooled, reads: Sequence[_Read]) -> None:
     tables = [check_table(part.lookup, arg(part.lookup, 0)) for part in rows.parts]
     if not any(map(learns, tables)):
         return
-    if any(what == "lower" for part in rows.parts for what, *_ in part.steps):
+    if any(what == "lower" and not _is_frozen(read) for read in reads for what, *_ in read.part.steps):
         raise Refuse(
             "where all positions are masked, the maximum of what is left of the rows learns: a bag's is a number",
             pooled.root,
         )
     if pooled.root.target is aten.amax.default:
         raise Refuse("amax shares its gradient among equal values, a bag gives it to the first", pooled.root)
+
+
+def _is_frozen(read: _Read) -> bool:
+    """Whether the positions that are not kept are those of the padding row, which learns nothing."""
+    row = int(arguments(read.part.lookup)["padding_idx"])
+    return row >= 0 and bool(read.keep == sympy.Ne(read.row, row))
 
 
 def _shared(plans: Sequence[_Plan]) -> tuple[_Plan, fx.Node] | None:

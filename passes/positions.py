@@ -95,6 +95,7 @@ class Reader:
         self.builder, self.samples = builder, samples
         self.wanted, self.sizes = (*samples, "l"), list(sizes)
         self._loads: dict[tuple[fx.Node, Axes], sympy.Symbol] = {}
+        self._known: dict[tuple[fx.Node, Axes], sympy.Basic] = {}
 
     def element(self, node: fx.Node, axes: Axes) -> sympy.Basic:
         """The element of `node`: a truth for booleans, and for numbers that are 1 and 0 for true and false.
@@ -102,10 +103,15 @@ class Reader:
         Raises:
             Refuse: it is another for each column, or written in place.
         """
+        if (node, axes) not in self._known:
+            self._known[node, axes] = self._read(node, axes)
+        return self._known[node, axes]
+
+    def _read(self, node: fx.Node, axes: Axes) -> sympy.Basic:
         if self.builder.effects.is_written(node):
             raise Refuse(f"{node.name}, which the lookup reads, is written in place", node)
         found = self._computed(node, axes)
-        if found is not None:
+        if found is not None and not scalar.is_long(found):
             return found
         view = before_view(node, axes)
         if view is not None:

@@ -144,7 +144,7 @@ def product(a: Expr, b: Expr) -> Expr:
 
 def _add(sign: int) -> Callable[..., Expr]:
     def add(given: dict[str, Any], of: Callable[[Any], Expr]) -> Expr | None:
-        a, b = of(given["self"]), of(given["other"])
+        b, a = of(given["other"]), of(given["self"])
         if scalar.is_truth(a) and scalar.is_truth(b):
             return sympy.Or(a, b) if given["alpha"] == 1 else None  # True + True is True
         scaled = product(number(given["alpha"]), real(b))

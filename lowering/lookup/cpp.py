@@ -53,7 +53,7 @@ template <typename A, int D> struct Values {
   template <typename T> void set(const T* r) { lanes = read<A, N>(r); rest.set(r + N); }
   template <typename T> void raise(const T* r) {
     const auto other = read<A, N>(r);
-    lanes = other > lanes ? other : lanes;
+    lanes = (other > lanes) | (other != other) ? other : lanes;  // NaN stays
     rest.raise(r + N);
   }
   template <typename T> void write(T* out) const {

@@ -230,7 +230,8 @@ def _max_steps(shape: Shape) -> tuple[str, str]:
       if ({_outside()}) continue;
       const {shape.table}* r = table + row * row_stride;
       for (int64_t d = 0; d < {dim}; ++d)
-        if (!any || {shape.acc}(r[d]) > value[d]) {{ value[d] = r[d]; largest[d] = p; }}
+        if (!any || {shape.acc}(r[d]) > value[d] || (r[d] != r[d] && value[d] == value[d]))
+          {{ value[d] = r[d]; largest[d] = p; }}
       any = true;
     }}"""
     grads = [_element(shape, k) for k in range(len(shape.into))]

@@ -147,7 +147,8 @@ class _Positions:
         top = low.new_full((self.batch, low.shape[1]), float("-inf")).scatter_reduce(0, sample, low, "amax")
         n = self.rows.shape[0]
         at = torch.arange(n, device=low.device).unsqueeze(1).expand_as(low)
-        at = torch.where((low == top[self.sample]) & self.keep.unsqueeze(1), at, n)
+        is_top = (low == top[self.sample]) | low.isnan()
+        at = torch.where(is_top & self.keep.unsqueeze(1), at, n)
         first = at.new_full(top.shape, n).scatter_reduce(0, sample, at, "amin")
         return torch.where(first < n, top, float(self.bag.empty)), first
 

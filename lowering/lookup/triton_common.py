@@ -212,8 +212,10 @@ def pool(kind: Kind) -> list[str]:
         return [*lines, "value = tl.sum(total, 1)", *_divisor(kind)]
     return [
         *lines,
-        "value = tl.max(total, 1)",
-        "best = (chosen >= 0) & (total == value[:, None, :])",
+        "unordered = (chosen >= 0) & (total != total)",
+        "value = tl.max(tl.where(unordered, float('-inf'), total), 1)",
+        "value = tl.where(tl.max(unordered.to(tl.int32), 1) > 0, float('nan'), value)",
+        "best = unordered | ((chosen >= 0) & (total == value[:, None, :]))",
         "largest = tl.min(tl.where(best, chosen, 2147483647), 1)",
         f"value = tl.where(largest < 2147483647, value, {_number(kind.bag.empty)})",
     ]
@@ -242,7 +244,7 @@ def _add(kind: Kind) -> list[str]:
     if not is_max(kind):
         return [f"total += r{' * weight[:, :, None]' if kind.bag.weight else ''}"]
     return [
-        "better = wide & ((r > total) | (chosen < 0))",
+        "better = wide & ((r > total) | (chosen < 0) | ((r != r) & (total == total)))",
         "total = tl.where(better, r, total)",
         "chosen = tl.where(better, l[:, :, None].to(tl.int32), chosen)",
     ]

@@ -119,6 +119,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]]
         lambda m, x, mask: (m.table(x) - (1 - mask.double()).unsqueeze(-1) * 1e9).max(1)[0],
         lambda: (ids(), kept()),
     ),
+    "the maximum of lowered rows learns where padding learns": (
+        lambda m, x: (m.table(x) - (1 - (x != 0).double()).unsqueeze(-1) * 1e9).max(1)[0],
+        lambda: (torch.tensor([[3, 4, 0], [0, 0, 0]]),),
+    ),
     "no positions": (lambda m, x: m.table(x).mean(1), lambda: (torch.zeros(B, 0, dtype=torch.int64),)),
     "weights of samples, rows of all": (positions, lambda: (ids(),)),
     "two hops of a difference": (twice, lambda: (rows(), rows(), rows(), rows())),

@@ -202,6 +202,18 @@ def test_weights_shared_by_several_bags():
     check(tables, [ids, weight], spec)
 
 
+def test_a_maximum_passes_nan_on():
+    weights, ids = (
+        [torch.randn(9, 5, dtype=torch.double).requires_grad_()],
+        torch.tensor([[0, 1, 2], [1, 0, 1], [0, 2, 3]]),
+    )
+    with torch.no_grad():
+        weights[0][1] = torch.nan
+    spec = Lookup((Table("t", 5),), (Bag(0, (0,), "max"),), (Output("concat", (0,)),))
+    check(weights, [ids], spec)
+    assert torch.allclose(lookup(weights, [ids], str(spec))[0], weights[0][ids].max(1).values, equal_nan=True)
+
+
 def test_rows_computed_from_ids_below_zero_and_in_few_bits():
     tables = [torch.randn(20, 4, dtype=torch.double, requires_grad=True) for _ in range(4)]
     ids, few = torch.randint(-60, 60, (33, 3)), torch.randint(-(2**31), 2**31, (33,), dtype=torch.int32)

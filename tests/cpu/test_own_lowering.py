@@ -207,6 +207,22 @@ def test_constants_and_gradients_through_the_reference():
     torch.testing.assert_close(made(x), 2 * x)
 
 
+def capped(x: Tensor, c: Tensor, *, most: float = float("inf"), least: float = float("-inf")) -> Tensor:
+    """Twice the square of x, times that of a complex c."""
+    return (2 * x * x).clamp(least, most) * (c * c.conj()).real
+
+
+def test_a_gradient_of_a_gradient_complex_inputs_and_infinite_constants():
+    x, c = torch.randn(3, requires_grad=True), torch.randn(3, dtype=torch.complex64, requires_grad=True)
+
+    def twice(function):
+        out = function(x, c)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return out, *torch.autograd.grad((slope**2 + x * slope).sum() + out.sum(), (x, c))
+
+    torch.testing.assert_close(twice(region()(capped)), twice(capped))
+
+
 def picked(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Rows, and where they are from."""
     return x[ids] * 2, ids + 1
