@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 @functools.lru_cache(maxsize=1)
 def fingerprint() -> str:
-    """Eight hexadecimal digits that change with any source file of this package."""
-    digest = hashlib.sha256()
+    """Eight hexadecimal digits that change with any source file of this package.
+
+    And with RECOMPILE_AUTOTUNE, which decides below torch's caches how many schedules are tried.
+    """
+    digest = hashlib.sha256(os.environ.get("RECOMPILE_AUTOTUNE", "").encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]

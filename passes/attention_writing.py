@@ -158,7 +158,15 @@ class _Writing:
             weight="" if weight == 1 else scalar.text(weight),
             order=() if order == tuple(range(len(atoms))) else order,
         )
-        return spec, {names[old]: place for old, place in loads.items()}
+        learned = set().union(*map(_differentiable, exprs))
+        return spec, {
+            names[old]: (self._without_gradient(node) if learns(node) and old not in learned else node, axes)
+            for old, (node, axes) in loads.items()
+        }
+
+    def _without_gradient(self, node: fx.Node) -> fx.Node:
+        """What is only compared: a kernel would make zeros of a gradient that eager does not have."""
+        return self.build.call(aten.detach.default, node)
 
     def _constants(self) -> set[str]:
         """The loads that may turn out to be masks: they have a value for each key, and learn nothing from it."""
@@ -166,6 +174,16 @@ class _Writing:
         return {
             name for name, (node, axes) in loads if name[0] == "x" and ("j",) in axes and not learns(node)
         }
+
+
+def _differentiable(expr: sympy.Basic) -> set[str]:
+    """The names of the loads that a derivative of `expr` exists by: those not just compared, or cut to integers."""
+    if scalar.is_truth(expr) or isinstance(expr, scalar.trunc):
+        return set()
+    if isinstance(expr, sympy.Symbol):
+        return {expr.name}
+    own = {type(expr).__name__} if is_table(expr) else set()
+    return own.union(*map(_differentiable, () if is_table(expr) else expr.args))
 
 
 def _renamed(expr: sympy.Basic, names: dict[str, str]) -> sympy.Basic:

@@ -76,6 +76,13 @@ def positions(m: Any, x: Tensor) -> Tensor:
     return a @ m.table(torch.arange(L)[None])
 
 
+def key_masked(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """As SASRec's key mask: rows that are all zeros. It has no gradient, and a table that only it reads has none."""
+    scores = mask @ mask.mT
+    blank = torch.sign(torch.abs(m.table(x).sum(-1))).unsqueeze(1).repeat(1, L, 1)
+    return torch.softmax(torch.where(blank == 0, torch.full_like(scores, -1e9), scores), -1) @ mask
+
+
 def users() -> tuple[Tensor, Tensor]:
     return torch.randn(16, 64, dtype=torch.float64), torch.randn(16, 100, 64, dtype=torch.float64)
 
@@ -122,6 +129,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]]
     "the maximum of lowered rows learns where padding learns": (
         lambda m, x: (m.table(x) - (1 - (x != 0).double()).unsqueeze(-1) * 1e9).max(1)[0],
         lambda: (torch.tensor([[3, 4, 0], [0, 0, 0]]),),
+    ),
+    "rows that are only compared": (
+        key_masked,
+        lambda: (ids(), torch.randn(B, L, 8, dtype=torch.float64, requires_grad=True)),
     ),
     "no positions": (lambda m, x: m.table(x).mean(1), lambda: (torch.zeros(B, 0, dtype=torch.int64),)),
     "weights of samples, rows of all": (positions, lambda: (ids(),)),
