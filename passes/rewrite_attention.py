@@ -58,6 +58,7 @@ class RewriteAttention(Pass):
                 ctx.begin(self.name(), second.found.node)
                 _rewrite(second, Effects(graph), self.name(), regions, bool(as_eager))
                 ctx.fired(self.name())
+                ctx.account(graph)
             except Refuse as refusal:
                 ctx.refuse(self.name(), refusal.why, refusal.at or second.found.node)
         for made in reversed(tried):

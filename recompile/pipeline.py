@@ -58,7 +58,8 @@ def run_passes(
         if LEVELS.index(each.numerics) > LEVELS.index(options.numerics):
             entry.skipped = f"its numerics are {each.numerics}, and {options.numerics} was asked for"
         else:
-            snapshot = _run(each, gm, options, entry, snapshot, numerics)
+            ctx = Context(options, account=ledger.after)
+            snapshot = _run(each, gm, ctx, entry, snapshot, numerics)
             ledger.after(gm.graph)
         entry.nodes_after = len(gm.graph.nodes)
         entry.ms = (time.perf_counter() - start) * 1e3
@@ -71,26 +72,25 @@ def run_passes(
 def _run(
     each: Pass,
     gm: fx.GraphModule,
-    options: Options,
+    ctx: Context,
     entry: PassRecord,
     snapshot: Snapshot,
     numerics: Numerics | None,
 ) -> Snapshot:
     """Runs one pass, or leaves the graph as it was; returns a snapshot of the result."""
-    ctx = Context(options)
     try:
         each.run(gm.graph, ctx)
         entry.rules = list(ctx.rules.values())
         if snapshot.is_current(gm.graph):
             return snapshot
         gm.graph.lint()
-        if options.verify != "none":
+        if ctx.options.verify != "none":
             snapshot.check(gm.graph)
         if numerics is not None:
             numerics.check(gm, each.numerics, snapshot)
     except Exception as error:
         snapshot.restore(gm)
-        _failed(entry, error, strict=options.strict)
+        _failed(entry, error, strict=ctx.options.strict)
     return Snapshot(gm.graph)
 
 

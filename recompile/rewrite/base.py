@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -30,10 +31,15 @@ class Refuse(Exception):
 
 @dataclass
 class Context:
-    """What a pass is given beside the graph: the user's options, and the record it writes to."""
+    """What a pass is given beside the graph: the user's options, and the record it writes to.
+
+    `account` takes down what was replaced by what. It is called after a pass, and by a pass whose rewrites read each
+    other's results, after each: otherwise they would share what all of them replace.
+    """
 
     options: Options = field(default_factory=Options)
     rules: dict[str, RuleRecord] = field(default_factory=dict)
+    account: Callable[[fx.Graph], None] = lambda graph: None
     _rewrite: Rewrite | None = None
 
     def rule(self, name: str) -> RuleRecord:
