@@ -160,13 +160,14 @@ class _Writing:
         )
         learned = set().union(*map(_differentiable, exprs))
         return spec, {
-            names[old]: (self._without_gradient(node) if learns(node) and old not in learned else node, axes)
+            names[old]: (node if old in learned else self._without_gradient(old, node), axes)
             for old, (node, axes) in loads.items()
         }
 
-    def _without_gradient(self, node: fx.Node) -> fx.Node:
+    def _without_gradient(self, name: str, node: fx.Node) -> fx.Node:
         """What is only compared: a kernel would make zeros of a gradient that eager does not have."""
-        return self.build.call(aten.detach.default, node)
+        real = name[0] == "x" and learns(node)
+        return self.build.call(aten.detach.default, node) if real else node
 
     def _constants(self) -> set[str]:
         """The loads that may turn out to be masks: they have a value for each key, and learn nothing from it."""
