@@ -286,6 +286,8 @@ def _module(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     for name, value in vars(gm).items():
         vars(captured).setdefault(name, value)
     for name, module in gm.named_children():
-        if not hasattr(captured, name):  # hooks on saved tensors: no node names them
+        # No node names hooks on saved tensors, nor the graphs of checkpoints: they tell torch's caches a graph with
+        # checkpoints from one without, since marks on nodes are in no cache's key.
+        if not hasattr(captured, name):
             captured.add_module(name, module)
     return captured
