@@ -47,14 +47,14 @@ class Ledger:
         return self._replaced.get(node) or cost(node)
 
     def _account(self, new: list[fx.Node], gone: list[fx.Node], before: dict[fx.Node, Any]) -> None:
-        heirs = [node for node in new if is_region(node)] or new
+        heirs = [node for node in new if is_region(node)] or [node for node in new if any(cost(node))] or new
         if not heirs or not gone:
             return
         total = Cost()
         for node in gone:
             total += self._replaced.get(node) or cost(node, *before[node])
-        # Of nodes that are no regions the last stands for all: others may stay when it is replaced, as a view that a
-        # stack made of an operand does.
+        # Of nodes that are no regions the last that costs anything stands for all: others may stay when it is replaced,
+        # as a view that a stack made of an operand does.
         shares = len(heirs) if is_region(heirs[0]) else 1
         for node in reversed(heirs):
             self._replaced[node] = Cost(_share(total.bytes, shares), _share(total.flops, shares))

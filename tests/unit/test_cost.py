@@ -13,6 +13,7 @@ from recompile.pipeline import run_passes
 from recompile.regions import region_record
 from recompile.report import CostRecord, GraphRecord
 from recompile.testing import capture
+from tests.capturing import without_inductor
 
 aten = torch.ops.aten
 
@@ -187,6 +188,34 @@ def test_attention_counts_its_pairs():
     assert region.after == CostRecord(str(4 * moved), str(2 * 200 * 8), 4 * moved, 2 * 200 * 8)
     assert region.before.example_bytes == 4 * moved + 4 * scores
     assert report.from_json(report.to_json()) == report
+
+
+def test_an_attention_that_reads_another_stands_for_its_own_nodes():
+    q, k, v = torch.randn(3, 2, 10, 4)
+    alone, *two = regions(attention, q, k, v) + regions(lambda *x: attention(attention(*x), *x[1:]), q, k, v)
+    assert [region.before for region in two] == [alone.before] * 2
+
+
+def test_a_concatenation_counts_however_it_is_read():
+    class Side(Tables):
+        def __init__(self, read):
+            super().__init__()
+            self.read = read
+
+        def forward(self, ids):
+            rows = torch.cat([table(ids[:, i]) for i, table in enumerate(self.tables)], 1)
+            return self.read(torch.cat([rows, ids[:, 1:] * 0.5], 1))
+
+    def chunks(x):
+        left, right = x.chunk(2, 1)
+        return left.sin() + right.cos()
+
+    def before(read):
+        with without_inductor(), torch.no_grad(), recompile.report.collect() as report:
+            torch.compile(Side(read), backend="recompile")(torch.zeros(6, 3, dtype=torch.int64))
+        return report.graphs[0].regions[0].before
+
+    assert before(torch.sin) == before(chunks)
 
 
 def test_a_profile_measures_each_region():
