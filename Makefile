@@ -27,7 +27,7 @@ demo: setup  ## five real models against Inductor: at most 10 minutes, results i
 	$(BIN)/recompile demo
 
 test: setup  ## the tests, on two cores
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 bench: setup  ## the table of benchmarks with its targets, results in out/bench.json (ARGS="--group ratio")
 	$(BIN)/python -m benchmarks.run $(ARGS)

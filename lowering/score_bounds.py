@@ -30,7 +30,8 @@ from recompile.lowering.score import (
 )
 
 _POSITIONS = (I, J, M, N)
-MOST = 2**30  # queries or keys, where their number is not known
+TILE = 256  # rows or keys of a tile at most
+MOST = 2**30 - TILE  # queries or keys, where their number is not known
 Interval = tuple[float, float]
 EVERYTHING: Interval = (-math.inf, math.inf)
 
@@ -140,9 +141,10 @@ def widened(expr: sympy.Basic, known: Mapping[str, Interval], clamped: bool = Fa
 
 
 def _fits(expr: sympy.Basic, known: Mapping[str, Interval]) -> bool:
-    """Whether 32 bits hold it, and of a sum what its terms add up to in any order."""
+    """Whether 32 bits hold it, and of a sum what its terms add up to in any order, up to the end of a last tile."""
     if isinstance(expr, trunc) and kind(expr.args[0]) == "truth":
         return True
-    parts = [interval(arg, known) for arg in sympy.Add.make_args(expr)]
+    tiled = {**known, **{at.name: (0, known[at.name][1] + TILE) for at in (I, J) if at.name in known}}
+    parts = [interval(arg, tiled) for arg in sympy.Add.make_args(expr)]
     low, high = sum(min(lo, 0) for lo, _ in parts), sum(max(hi, 0) for _, hi in parts)
     return low >= -(2**31) and high < 2**31
