@@ -110,8 +110,3 @@ def op_for(device_type: str) -> torch._ops.OpOverload | None:
         )  # registers it; imports Triton, 0.3 s
         return torch.ops.recompile.attention_triton.default
     return ATTENTION if device_type == "cpu" else None
-
-
-def is_attention(target: object) -> bool:
-    """Whether a node with this target is an attention op, on any device."""
-    return str(target) in ("recompile.attention.default", "recompile.attention_triton.default")
