@@ -213,7 +213,7 @@ def _check_max(pooled: Pooled, reads: Sequence[_Read]) -> None:
         return
     if any(what == "lower" and not _is_frozen(read) for read in reads for what, *_ in read.part.steps):
         raise Refuse(
-            "where all positions are masked, the maximum of what is left of the rows learns: a bag's is a number",
+            "a sample whose positions are all masked learns from its lowered rows, and would not from a bag",
             pooled.root,
         )
     if pooled.root.target is aten.amax.default:

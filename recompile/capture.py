@@ -26,9 +26,9 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
-from recompile import checkpoint
 from recompile.known import OWN_META, Known, Unknown
 from recompile.rewrite.schema import out_of_place
+from recompile.torch_private import checkpoint
 from recompile.torch_private.predispatch import listening
 from recompile.verbatim import (
     ENTER_AUTOCAST,
@@ -113,7 +113,7 @@ class _Copier:
         if why is not None:
             self.copy(node, why)
         if node.op == "get_attr":
-            self.known.spare.append(self.copies[node])  # the graph of a checkpoint
+            self.known.spare.append(self.copies[node])  # nobody reads the graph of a checkpoint any more
 
     def expand(self, node: fx.Node) -> str | None:
         """Call `node` and record its operators. If that fails, undo it and say why."""

@@ -38,6 +38,7 @@ _COSTLY = (sympy.exp, sympy.log, sympy.tanh, log2, log10, sigmoid, erf, div, *_R
 _REAL = ("float", "at::BFloat16", "at::Half")
 # With so few queries a packed copy of K costs more than it saves: each key is multiplied where it lies.
 FEW = 4
+ENDLESS = (0.0, float("inf"))  # a row of a tile is computed to the end of its registers, beyond the last key
 _NARROW = {"bool": (0, 1), "uint8_t": (0, 255), "int8_t": (-128, 127), "int16_t": (-(2**15), 2**15 - 1)}
 
 
@@ -160,7 +161,7 @@ class Plan:
             self.lines[name] = Line(name, table, axes, line[0], line[1], line[2])
         else:
             size = operand.sizes[-1]
-            low, high = interval(index, self.small)
+            low, high = interval(index, self.small | {"i": ENDLESS, "j": ENDLESS})
             safe = size.isdigit() and low >= 0 and high < int(size)
             self.gathers[name] = Gather(name, table, axes, index, safe)
         return language.symbol(name)

@@ -12,6 +12,8 @@ from torch._inductor.utils import run_and_get_code
 
 import recompile.lowering.attention  # noqa: F401  (registers the op)
 from recompile.lowering.attention import Attention
+from recompile.lowering.attention.cpp_plan import Plan
+from recompile.lowering.lookup.cpp_common import Operand
 from recompile.lowering.score_cpp import MATH
 from tests import expressions
 
@@ -210,6 +212,15 @@ def test_the_reference_has_the_gradients_of_its_formula(name):
     learned = [x.requires_grad_() for x in given if x.is_floating_point() and x.isfinite().all()]
     spec = str(SPECS[name])
     assert torch.autograd.gradcheck(lambda *_: attention(*tensors, given, spec), [*tensors, *learned])
+
+
+@pytest.mark.parametrize(("index", "safe"), [("i + 2*j", False), ("Mod(i + 2*j, 208)", True)])
+def test_a_table_is_not_read_past_its_end_by_the_rest_of_a_tile(index, safe):
+    """The last pair reads the last element; registers hold pairs beyond it."""
+    table = Operand("T0", "float", ("1", "1", "208"), ("208", "208", "1"))
+    plan = Plan.of(Attention(f"s + T0({index})", True, ("T0",)), 2, [table], "70", "70")
+    plan.named(plan.spec.score)
+    assert [gather.safe for gather in plan.gathers.values()] == [safe]
 
 
 @pytest.mark.parametrize("rows", [35, 70, 97, 200])

@@ -1,4 +1,4 @@
-"""Graphs that are long in one direction: no pass recurses through them, or doubles with each node."""
+"""Graphs that are long in one direction, through which a pass once recursed, or doubled its work with each node."""
 
 from __future__ import annotations
 

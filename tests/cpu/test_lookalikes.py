@@ -41,8 +41,8 @@ def kept() -> Tensor:
     return mask
 
 
-def rows(kind: str = "double") -> Tensor:
-    return torch.randn(2, L, 8, dtype=getattr(torch, kind), requires_grad=True)
+def rows() -> Tensor:
+    return torch.randn(2, L, 8, dtype=torch.float64, requires_grad=True)
 
 
 def pooled(divided: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

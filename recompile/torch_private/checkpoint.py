@@ -2,6 +2,9 @@
 
 Passes see it then, and fuse it. AOTAutograd's partitioner reads from marks on nodes what the backward computes again;
 with Dynamo's operator, torch sets the same marks on what the operator calls.
+
+Tried with torch 2.13: `torch.ops.higher_order.tag_activation_checkpoint`, `_checkpoint_context_fn` on its graph, and
+`recompute` and `ac_graph_id` on nodes.
 """
 
 from __future__ import annotations
